@@ -1,0 +1,85 @@
+"""One call of a network taken apart: its tensors, and everything else about it as a key."""
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# Values that a program may hold as constants: immutable, and equal only if they act alike (the type is in the key,
+# since 1 == True == 1.0).
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, Enum)
+
+
+class Slot(NamedTuple):
+    """Where a tensor of a call stands in its list of distinct tensors."""
+
+    index: int
+
+
+class Layout(NamedTuple):
+    """What two calls must share to be served by the same program.
+
+    `slots` has one entry a leaf of `(args, kwargs)`: a `Slot`, or the type and value of a constant. One tensor given
+    twice takes the same slot, because code may ask `query is key`.
+    """
+
+    spec: Any
+    slots: tuple[Slot | tuple[type, Any], ...]
+    kinds: tuple[tuple[torch.dtype, int], ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Hashable; equal for two calls of one layout."""
+        try:
+            hash(self.spec)
+        except TypeError:  # before torch 2.7 a spec with a dict in it has no hash; its text says the same
+            return repr(self.spec), self.slots, self.kinds
+        return self.spec, self.slots, self.kinds
+
+    def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of a call with `tensors`, or whatever stands for them, in the slots."""
+        leaves = [tensors[slot.index] if isinstance(slot, Slot) else slot[1] for slot in self.slots]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+class Unkeyable(Exception):
+    """An argument is of a type that can't be part of a key; the message names it."""
+
+
+def take_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Layout, list[Tensor]]:
+    """The layout of a call and its distinct tensors.
+
+    Raises:
+        Unkeyable: an argument is neither a tensor, a plain constant, nor a container of those.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    tensors: list[Tensor] = []
+    places: dict[int, Slot] = {}
+    slots: list[Slot | tuple[type, Any]] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in places:
+                places[id(leaf)] = Slot(len(tensors))
+                tensors.append(leaf)
+            slots.append(places[id(leaf)])
+        elif isinstance(leaf, CONSTANTS):
+            slots.append((type(leaf), leaf))
+        else:
+            raise Unkeyable(f"an argument of type {type(leaf).__name__}")
+    return Layout(spec, tuple(slots), tuple((t.dtype, t.dim()) for t in tensors)), tensors
+
+
+def mode_of(modules: Sequence[nn.Module]) -> tuple[int, ...]:
+    """Training flags and presence of hooks: tracing bakes them in, so they belong to the key as well."""
+    return tuple(module.training + 2 * has_hooks(module) for module in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs anybody's hook besides its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,47 @@
+"""Copies of a network: a faithful one, and a weightless one to trace."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def copy_network(network: M, memo: dict[int, Any] | None = None) -> M:
+    """A deep copy with its own parameters and buffers, ties and the class as in `network`.
+
+    Unlike `copy.deepcopy`, takes networks that keep a computed (non-leaf) tensor as an attribute, as a cache or
+    the weight of an old-style `weight_norm` is: the copy holds its value, cut from the graph.
+    """
+    memo = {} if memo is None else memo
+    for tensor in _tensors(network):
+        if not tensor.is_leaf and id(tensor) not in memo:
+            memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(network, memo)
+
+
+def weightless_copy(network: M) -> M:
+    """A deep copy on the meta device: shapes and dtypes without numbers, so that running it touches nothing."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(network):
+        empty = torch.empty_like(tensor.detach(), device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, memo)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that `network` holds: parameters, buffers, plain attributes, and those in containers of them."""
+    seen: set[int] = set()
+    pending: list[Any] = [vars(module) for module in network.modules()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield value
+        elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
+            seen.add(id(value))
+            pending.extend(value.values() if isinstance(value, dict) else value)

@@ -1,0 +1,186 @@
+"""Which parameters of a network become variational, and why the others don't."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from varify.errors import ModelError, SelectionError, listed
+
+Where = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
+T = TypeVar("T")
+
+
+class Site(NamedTuple):
+    """Where a parameter lives: `owner._parameters[attr]`, called `name` from the network's root."""
+
+    name: str
+    owner: nn.Module
+    attr: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        parameter = self.owner._parameters[self.attr]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def fan_in(self) -> int:
+        """Product of all dimensions but the first; for a parameter of fewer than two, that of its layer's weight."""
+        weight: nn.Parameter | None = self.parameter
+        if weight is not None and weight.dim() < 2:
+            weight = _matrix_beside(self)
+        return 1 if weight is None else weight[0].numel() if len(weight) else 1
+
+
+def _matrix_beside(site: Site) -> nn.Parameter | None:
+    """The tensor of two or more dimensions that `site` belongs to: `weight_ih_l0` for `bias_ih_l0`, else the first."""
+    own = site.owner._parameters
+    parametrized = getattr(site.owner, "parametrizations", None)
+    inner = list(parametrized.parameters()) if isinstance(parametrized, nn.ModuleDict) else []
+    beside = [own.get(site.attr.replace("bias", "weight")), *own.values(), *inner]
+    return next((p for p in beside if p is not None and p.dim() >= 2), None)
+
+
+def sites(network: nn.Module) -> dict[str, Site]:
+    """Every distinct parameter under its first name."""
+    found: dict[int, Site] = {}
+    for path, module in network.named_modules():
+        for attr, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), Site(f"{path}.{attr}" if path else attr, module, attr))
+    return {site.name: site for site in found.values()}
+
+
+def aliases(network: nn.Module) -> dict[str, str]:
+    """First name of the parameter by each name it has, its first one too."""
+    first = {id(site.parameter): name for name, site in sites(network).items()}
+    return {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
+
+
+def matches(name: str, pattern: str | Sequence[str]) -> bool:
+    """Whether a glob, or one of several, matches a parameter's name."""
+    return any(fnmatchcase(name, glob) for glob in ([pattern] if isinstance(pattern, str) else pattern))
+
+
+def by_glob(setting: Any, default: T, names: Iterable[str], known: Callable[[Any], T]) -> dict[str, T]:
+    """One setting for all names, or `{glob: setting}` with the last match winning and `default` elsewhere.
+
+    Raises:
+        SelectionError: a glob matches nothing.
+    """
+    names = list(names)
+    if not isinstance(setting, Mapping):
+        return dict.fromkeys(names, known(setting))
+    chosen = dict.fromkeys(names, default)
+    for glob, value in setting.items():
+        matched = matching(names, glob)
+        chosen.update(dict.fromkeys(matched, known(value)))
+    return chosen
+
+
+def matching(names: Iterable[str], where: str | Sequence[str]) -> list[str]:
+    """The names that `where` matches.
+
+    Raises:
+        SelectionError: there is none.
+    """
+    names = list(names)
+    matched = [name for name in names if matches(name, where)]
+    if not matched:
+        raise SelectionError(f"where={where!r} matches no parameter; there are {listed(names)}")
+    return matched
+
+
+def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str, str]]:
+    """The sites to make variational and, for all others, why not.
+
+    Raises:
+        SelectionError: nothing is chosen.
+    """
+    chosen: dict[str, Site] = {}
+    skipped: dict[str, str] = {}
+    everything = sites(network)
+    inside = {id(p) for m in network.modules() if getattr(m, "runs_opaque", False) for p in m.parameters()}
+    for name, site in everything.items():
+        why_not = "variational already" if id(site.parameter) in inside else _impossible(site.parameter)
+        if why_not is None:
+            why_not = _default_exclusion(site) if where is None else _not_asked_for(site, where)
+        if why_not is None:
+            chosen[name] = site
+        else:
+            skipped[name] = why_not
+    if not chosen:
+        raise SelectionError(_nothing_chosen(where, skipped))
+    return chosen, skipped
+
+
+def _impossible(parameter: nn.Parameter) -> str | None:
+    if parameter.is_meta:
+        return "on the meta device"
+    if parameter.layout is not torch.strided:
+        return "sparse"
+    if parameter.is_complex():
+        return "complex"
+    if not parameter.is_floating_point():
+        return "integer"
+    if torch.finfo(parameter.dtype).bits < 16:
+        return f"of type {parameter.dtype}"
+    return None
+
+
+def _default_exclusion(site: Site) -> str | None:
+    if not site.parameter.requires_grad:
+        return "frozen"
+    if is_normalisation(site.owner) and site.parameter.dim() < 2:
+        return "normalisation layer"
+    return None
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Torch's normalisation layers, and others' by their name (`LlamaRMSNorm`, `BatchNormAct2d`, ...)."""
+    return "norm" in type(module).__name__.lower()
+
+
+def _not_asked_for(site: Site, where: Any) -> str | None:
+    asked_for = where(site.name, site.parameter, site.owner) if callable(where) else matches(site.name, where)
+    return None if asked_for else "not chosen"
+
+
+def _nothing_chosen(where: Where, skipped: dict[str, str]) -> str:
+    if not skipped:
+        return "the model has no parameters, so there is nothing to make variational"
+    told = listed(f"{name} ({why})" for name, why in skipped.items())
+    if where is None:
+        return f"no parameter can be made variational by default; say where=... to choose from {told}"
+    return f"where={where!r} matches no parameter that can be variational; this model has {told}"
+
+
+def check_model(model: Any) -> None:
+    """Refuse what can't be converted, and say what to give instead.
+
+    Raises:
+        ModelError: see the message.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        hint = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+        raise ModelError(f"an nn.Module is needed, not {model if isinstance(model, type) else name}{hint}")
+    if getattr(model, "runs_opaque", False):
+        raise ModelError("the model is variational already; convert its .module, or .mean_model(), to start over")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ModelError(f"{name} is compiled TorchScript; convert the Python module that it was made from")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        raise ModelError(f"the model is wrapped in {name}; convert model.module and wrap the result (in DDP)")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError("the model is compiled; convert model._orig_mod and torch.compile the result")
+    lazy = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ModelError(
+            f"{listed(lazy)} of a lazy module have no shape yet; call the model once on data, then convert"
+        )

@@ -1,0 +1,70 @@
+"""The table that `summary()` gives."""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+HEADER = ("parameter", "shape", "prior", "estimator", "mean sigma", "KL (nats)")
+
+
+class Row(NamedTuple):
+    """One parameter: `names` is its first name and its others; without sigma and kl it is deterministic."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    prior: str
+    estimator: str
+    sigma: float | None = None
+    kl: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """Text of the columns of `HEADER`."""
+        name = self.names[0] + "".join(f" = {other}" for other in self.names[1:])
+        shape = "×".join(map(str, self.shape)) or "scalar"
+        if self.sigma is None or self.kl is None:
+            return name, shape, "deterministic", self.estimator, "", ""
+        # sigma and KL alike are NaN if a mu or rho is
+        mark = " !NaN" if math.isnan(self.kl) or math.isnan(self.sigma) else ""
+        return name, shape, self.prior, self.estimator, f"{self.sigma:.3g}", f"{self.kl:,.1f}{mark}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows by parameter and, once a program exists, the modules it runs as they are. `print` it, or show it in a notebook."""
+
+    network: str
+    rows: Sequence[Row]
+    opaque: dict[str, str]
+
+    @property
+    def totals(self) -> str:
+        """One line: how much is variational, and its KL."""
+        variational = [row for row in self.rows if row.kl is not None]
+        count = sum(math.prod(row.shape) for row in variational)
+        everything = sum(math.prod(row.shape) for row in self.rows)
+        kl = sum(row.kl for row in variational if row.kl is not None)
+        return f"{self.network}: {count:,} of {everything:,} parameters variational, KL {kl:,.1f} nats"
+
+    def __str__(self) -> str:
+        table = [HEADER, *(row.cells() for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*lines, self.totals, *self._notes()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in HEADER)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row.cells()) + "</tr>" for row in self.rows
+        )
+        notes = "".join(f"<br>{html.escape(note)}" for note in [self.totals, *self._notes()])
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{notes.removeprefix('<br>')}</p>"
+
+    def _notes(self) -> list[str]:
+        return [f"run as it is: {path or 'the whole network'} ({why})" for path, why in self.opaque.items()]

@@ -1,0 +1,465 @@
+"""From a network and one layout of a call to a torch.fx graph: as deep as fx can see, opaque where it can't.
+
+What fx records wrongly without a word (a branch on the type of a value, a block under `no_grad`, a constant that was
+random) is treated as what it can't see at all: the innermost module around it becomes one opaque node, which runs the
+user's own code.
+"""
+
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.proxy import Attribute, TraceError
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _pytree as pytree
+
+from varify.calls import CONSTANTS, Layout, Slot, has_hooks
+from varify.copies import weightless_copy
+
+# torch.fx patches nn.Module while it traces, so one trace at a time in a process.
+_ONE_AT_A_TIME = threading.RLock()
+# Where a question about a traced value's type is fx's own and not the network's.
+_TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "varify.tracing")
+# Always opaque: their settings (p, inplace) are then read at every call and not when the program was made.
+_ALWAYS_OPAQUE = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.modules.rnn.RNNCellBase, nn.MultiheadAttention)
+
+
+@dataclass
+class Trace:
+    """What tracing found out.
+
+    Attributes:
+        graph: placeholders are the distinct tensors of the call; everything else is reached from `module`, the name
+            under which a variational network keeps the user's.
+        unpack: from what the graph returns to what the network returns.
+        opaque: path of each opaque module and why it is one.
+        needs_shapes: the graph holds for the traced shapes only (an opaque module returned a container, whose
+            length may depend on them).
+    """
+
+    graph: fx.Graph
+    unpack: Callable[[Any], Any]
+    opaque: dict[str, str]
+    needs_shapes: bool
+
+
+def trace(network: nn.Module, layout: Layout, tensors: Sequence[Tensor], chosen: Mapping[str, Any]) -> Trace:
+    """Trace one call of `network` on a weightless copy; nothing real is run or changed.
+
+    Args:
+        network: left alone.
+        layout: of the call.
+        tensors: the distinct tensors of the call; only their shapes and dtypes are used.
+        chosen: names of the parameters that opaque nodes are to be handed from outside.
+    """
+    tracer = _Tracer(chosen)
+    with _ONE_AT_A_TIME, _undisturbed_randomness():
+        try:
+            root = _Root(weightless_copy(network), tracer, layout)
+            tracer.values = [torch.empty_like(t.detach(), device="meta") for t in tensors]
+            graph = tracer.trace(root)
+        except Exception as error:  # not even a copy of it can be made
+            return opaque_trace(layout, chosen, _reason(error))
+    return Trace(graph, root.unpack, tracer.opaque, tracer.needs_shapes)
+
+
+def opaque_trace(layout: Layout | None, chosen: Mapping[str, Any], why: str) -> Trace:
+    """The whole network as one opaque node. Without a layout it takes `args` and `kwargs` themselves."""
+    graph = fx.Graph()
+    args: Any
+    kwargs: Any
+    if layout is None:
+        args, kwargs = graph.placeholder("args"), graph.placeholder("kwargs")
+    else:
+        args, kwargs = layout.rebuild([graph.placeholder(f"x{i}") for i in range(len(layout.kinds))])
+    module = graph.create_node("get_attr", "module")
+    weights = {name: graph.create_node("get_attr", f"module.{name}") for name in chosen}
+    graph.output(graph.create_node("call_function", run_with, (module, weights, args, kwargs)))
+    return Trace(graph, _as_is, {"": why}, needs_shapes=False)
+
+
+def run_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call `module` with `weights` (by name within it) in the place of its parameters; as it was afterwards."""
+    try:
+        return functional_call(module, weights, args, kwargs)
+    finally:
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase):  # else it keeps the drawn weights in its list of flat ones
+                part._init_flat_weights()
+
+
+def _as_is(output: Any) -> Any:
+    return output
+
+
+class _Root(nn.Module):
+    """The network under the name `module`, called with the layout's arguments."""
+
+    def __init__(self, network: nn.Module, tracer: "_Tracer", layout: Layout) -> None:
+        super().__init__()
+        self.module = network
+        self.tracer, self.layout = tracer, layout
+        self.unpack: Callable[[Any], Any] = _as_is
+
+    def forward(self, *tensors: Any) -> Any:
+        args, kwargs = self.layout.rebuild(tensors)
+        before = _random_states()
+        with _Recorder(self.tracer):
+            output = self.module(*args, **kwargs)
+        if _random_states() != before:
+            raise TraceError("its forward draws random numbers that torch.fx can't see")
+        if isinstance(output, fx.Proxy):
+            return output
+        leaves, spec = pytree.tree_flatten(output)
+        traced = [leaf for leaf in leaves if isinstance(leaf, fx.Proxy)]
+        places = iter(range(len(traced)))
+        slots = [Slot(next(places)) if isinstance(leaf, fx.Proxy) else (type(leaf), leaf) for leaf in leaves]
+
+        def unpack(values: Sequence[Any]) -> Any:
+            filled = [values[slot.index] if isinstance(slot, Slot) else slot[1] for slot in slots]
+            return pytree.tree_unflatten(filled, spec)
+
+        self.unpack = unpack
+        return traced
+
+
+class _Traced(fx.Proxy):
+    """A proxy that answers no question wrongly: what it can't know it refuses, and the tracer rolls back."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]  # asked by isinstance() where the plain answer is no
+        _refuse_outside_fx("its type was asked for")
+        return type(self)
+
+    def __repr__(self) -> str:
+        _refuse_outside_fx("it was printed")
+        return fx.Proxy.__repr__(self)
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        _refuse_outside_fx("it was printed")
+        return format(fx.Proxy.__repr__(self), spec)
+
+    def __getattr__(self, name: str) -> "_TracedAttribute":
+        return _TracedAttribute(self, name)
+
+
+class _TracedAttribute(_Traced, Attribute):
+    """`x.shape`, `x.mean`, ...: an attribute, or the method about to be called."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        Attribute.__init__(self, root, attr)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+class _TracedParameter(_Traced):
+    """A parameter: its shape and dtype are those of every draw of it, so they are plain constants."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"shape", "ndim", "dtype", "size", "dim", "numel", "nelement", "is_floating_point"}:
+            return getattr(self.node.meta["value"], name)
+        return super().__getattr__(name)
+
+
+def _refuse_outside_fx(what: str) -> None:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == "torch.nn.parameter":  # a metaclass on the way
+        frame = frame.f_back
+    asker = str(frame.f_globals.get("__name__", "")) if frame else ""
+    if not asker.startswith(_TRUSTED):
+        raise TraceError(f"a value that depends on the input decides the program: {what} in {asker}")
+
+
+class _Recorder(TorchFunctionMode):
+    """Records torch functions that no traced value is an argument of, else their results would be frozen in."""
+
+    def __init__(self, tracer: "_Tracer") -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.tracer.asleep or name == "__get__" or _holds_proxy((args, kwargs)):
+            return func(*args, **kwargs)  # with a proxy in it, the proxy records it
+        if is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _holds_proxy(tree: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(tree))
+
+
+@dataclass
+class _Snapshot:
+    """What the modules below one hold, to see whether a forward changed it and to undo that."""
+
+    states: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Snapshot":
+        states = []
+        for part in module.modules():
+            own = vars(part)
+            containers = [(v, v.copy()) for v in own.values() if isinstance(v, (dict, list, set))]
+            states.append((own, own.copy(), containers))
+        return cls(states)
+
+    def changed(self) -> bool:
+        return any(
+            not _same(own, before) or any(not _same(now, then) for now, then in containers)
+            for own, before, containers in self.states
+        )
+
+    def restore(self) -> None:
+        for own, before, containers in self.states:
+            own.clear()
+            own.update(before)
+            for now, then in containers:
+                now.clear()
+                now.extend(then) if isinstance(now, list) else now.update(then)
+
+
+def _same(now: Any, then: Any) -> bool:
+    """Element by element the same objects: equality would call user code and compare tensors."""
+    if len(now) != len(then):
+        return False
+    if isinstance(now, dict):
+        return all(key in then and then[key] is value for key, value in now.items())
+    if isinstance(now, list):
+        return all(a is b for a, b in zip(now, then, strict=True))
+    return bool(now == then)
+
+
+class _Tracer(fx.Tracer):
+    """Goes through every module down to functions, and takes back what it can't follow."""
+
+    def __init__(self, chosen: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.opaque: dict[str, str] = {}
+        self.needs_shapes = False
+        self.values: list[Tensor] = []
+        self.asleep = False  # running on weightless values, recording nothing
+        self._thread = threading.get_ident()
+        self._attributes: dict[str, fx.Proxy] = {}
+        self._created: list[fx.Node] = []
+        self._names: dict[int, str] = {}
+        self._ambience: tuple[Any, ...] = ()
+
+    # --- what fx asks of a tracer
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        assert isinstance(self.root, _Root)
+        for module_name, module in self.root.named_modules():
+            for name, value in [*vars(module).items(), *module._buffers.items(), *module._parameters.items()]:
+                if isinstance(value, Tensor):
+                    self._names.setdefault(id(value), f"{module_name}.{name}")
+        self._ambience = _ambience()
+        placeholders = [self.create_proxy("placeholder", f"x{i}", (), {}) for i in range(len(self.values))]
+        return root_fn, [self.root, *placeholders]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if self.asleep or threading.get_ident() != self._thread or id(attr_val) not in self._names:
+            return attr_val
+        return self._attribute(self._names[id(attr_val)])
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.asleep or threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        why = self._opaque_from_the_start(m)
+        if why is None:
+            snapshot, mark = _Snapshot.of(m), len(self._created)
+            opaque_before, needs_shapes_before = self.opaque.copy(), self.needs_shapes
+            try:
+                output = forward(*args, **kwargs)
+                if snapshot.changed():
+                    raise TraceError("its forward sets attributes")
+                if m is self.root.module:
+                    _check_output(output)
+                return output
+            except Exception as error:  # whatever it is, the module runs as it is
+                why = _reason(error)
+            self._roll_back(mark)
+            snapshot.restore()
+            self.opaque, self.needs_shapes = opaque_before, needs_shapes_before
+        return self._call_opaque(m, forward, args, kwargs, why)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        is_parameter = node.op == "get_attr" and isinstance(node.meta.get("value"), nn.Parameter)
+        return (_TracedParameter if is_parameter else _Traced)(node, self)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        if kind != "output" and self._ambience != _ambience():
+            raise TraceError("part of it runs under no_grad, autocast or a custom autograd function")
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        self._created.append(node)
+        if kind != "output":
+            node.meta["value"] = self._evaluate(kind, target, node.args, node.kwargs)
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        value = proxy.node.meta["value"]
+        if value is None and target is not getattr:
+            return None  # as in the network, where code may ask for it
+        if type(value) in (tuple, list) and not all(isinstance(v, Tensor) for v in value):
+            raise TraceError(f"{target} returns more than tensors")
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            if id(a) not in self._names:
+                raise TraceError("it uses a tensor that no module holds")
+            return self._attribute(self._names[id(a)]).node
+        if isinstance(a, torch.device) and a.type == "meta":
+            raise TraceError("it asks a parameter for its device")
+        return super().create_arg(a)
+
+    # --- how it goes about it
+
+    def _attribute(self, name: str) -> fx.Proxy:
+        if name not in self._attributes:
+            self._attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self._attributes[name]
+
+    def _opaque_from_the_start(self, module: nn.Module) -> str | None:
+        if isinstance(module, _ALWAYS_OPAQUE):
+            return f"{type(module).__name__} is run as it is"
+        if getattr(module, "runs_opaque", False):
+            return "it is variational itself"
+        if has_hooks(module):
+            return "it has hooks"
+        if nn.modules.module._has_any_global_hook():
+            return "hooks are registered for all modules"
+        return None
+
+    def _call_opaque(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, why: str) -> Any:
+        path = self.path_of_module(module)
+        weights = {
+            local: self._attribute(f"module.{name}")
+            for local, parameter in module.named_parameters()
+            if (name := self._names[id(parameter)].removeprefix("module.")) in self.chosen
+        }
+        is_root = module is self.root.module
+        if is_root or weights:
+            target = self.proxy(self.create_node("get_attr", path, (), {}))
+            arguments = self.create_arg((target, weights, args, kwargs))
+            node = super().create_node("call_function", run_with, arguments, {})
+        else:
+            node = super().create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
+        self._created.append(node)
+        self.opaque[path.removeprefix("module").removeprefix(".")] = why
+        if is_root:  # what it returns is what the program returns, whatever that is
+            return self.proxy(node)
+        node.meta["value"] = value = self._awake_from(lambda: forward(*self._values(args), **self._values(kwargs)))
+        return self._structured(node, value)
+
+    def _structured(self, node: fx.Node, value: Any) -> Any:
+        """The value of an opaque module as the network would see it: containers and None are real."""
+        if isinstance(value, Tensor):
+            return self.proxy(node)
+        leaves, spec = pytree.tree_flatten(value)
+        _check_output(value, tensors_too=True)
+        self.needs_shapes = True
+        parts = self.create_proxy("call_function", pytree.tree_leaves, (self.proxy(node),), {})
+        return pytree.tree_unflatten(
+            [parts[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)], spec
+        )
+
+    def _roll_back(self, mark: int) -> None:
+        while len(self._created) > mark:
+            self.graph.erase_node(self._created.pop())
+        kept = set(self._created)
+        self._attributes = {name: proxy for name, proxy in self._attributes.items() if proxy.node in kept}
+
+    # --- values without numbers
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            return self.values[sum(node.op == "placeholder" for node in self._created) - 1]
+        if kind == "get_attr":
+            value: Any = self.root
+            for atom in target.split("."):
+                value = getattr(value, atom) if not isinstance(value, nn.Module) else _attribute_of(value, atom)
+            return value
+        args, kwargs = self._values(args), self._values(kwargs)
+        if kind == "call_method":
+            return self._awake_from(lambda: getattr(args[0], target)(*args[1:], **kwargs))
+        return self._awake_from(lambda: target(*args, **kwargs))
+
+    def _values(self, tree: Any) -> Any:
+        return fx.node.map_aggregate(tree, _value)
+
+    def _awake_from(self, run: Callable[[], Any]) -> Any:
+        asleep, self.asleep = self.asleep, True
+        try:
+            with torch.device("meta"), torch.no_grad():
+                return run()
+        finally:
+            self.asleep = asleep
+
+
+def _value(item: Any) -> Any:
+    if isinstance(item, fx.Proxy):
+        item = item.node
+    return item.meta["value"] if isinstance(item, fx.Node) else item
+
+
+def _attribute_of(module: nn.Module, name: str) -> Any:
+    """`getattr` past the tracer's patch."""
+    for table in (module._parameters, module._buffers, module._modules):
+        if name in table:
+            return table[name]
+    return vars(module)[name]
+
+
+def _check_output(output: Any, tensors_too: bool = False) -> None:
+    allowed = (*CONSTANTS, Tensor) if tensors_too else CONSTANTS
+    for leaf in pytree.tree_leaves(output):
+        if not isinstance(leaf, fx.Proxy) and not isinstance(leaf, allowed):
+            raise TraceError(f"it returns a {type(leaf).__name__}")
+
+
+def _ambience() -> tuple[Any, ...]:
+    """Settings that a graph doesn't record; where one changes, the graph would be wrong."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+@contextmanager
+def _undisturbed_randomness() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _random_states() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), name, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,45 @@
+"""Things kept beside the network's parameters, under the same dotted names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Tree(nn.Module):
+    """Parameters or modules at dotted names: `tree.put("fc1.weight", p)` gives the state-dict key `fc1.weight`.
+
+    Stays in single precision when a network is made half: sigma is a small number whose logarithm matters.
+    """
+
+    def put(self, name: str, leaf: nn.Parameter | nn.Module) -> None:
+        """Set the leaf at `name`, in place of one that is there."""
+        head, _, rest = name.partition(".")
+        if not rest:
+            setattr(self, head, leaf)
+            return
+        if head not in self._modules:
+            self.add_module(head, type(self)())
+        branch = self._modules[head]
+        assert isinstance(branch, Tree)
+        branch.put(rest, leaf)
+
+    def get(self, name: str) -> Any:
+        """The leaf at `name`."""
+        path, _, last = name.rpartition(".")
+        branch = self.get_submodule(path)
+        return branch._parameters[last] if last in branch._parameters else branch._modules[last]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tree":
+        super()._apply(lambda tensor: _apply_but_halving(fn, tensor), recurse)
+        return self
+
+
+def _apply_but_halving(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    changed = fn(tensor)
+    if changed.dtype in HALF and tensor.dtype not in HALF:
+        return tensor.to(changed.device)  # not changed.float(): that would have lost the digits already
+    return changed
