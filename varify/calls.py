@@ -1,6 +1,7 @@
 """One call of a network taken apart: its tensors, and everything else about it as a key."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from torch.utils import _pytree as pytree
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, Enum)
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """Where a tensor of a call stands in its list of distinct tensors."""
 
     index: int

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from varify.errors import ModelError
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -14,13 +16,21 @@ def copy_network(network: M, memo: dict[int, Any] | None = None) -> M:
     """A deep copy with its own parameters and buffers, ties and the class as in `network`.
 
     Unlike `copy.deepcopy`, takes networks that keep a computed (non-leaf) tensor as an attribute, as a cache or
-    the weight of an old-style `weight_norm` is: the copy holds its value, cut from the graph.
+    the weight of an old-style `weight_norm` is (the copy holds its value, cut from the graph), and sparse parameters.
+
+    Raises:
+        ModelError: something else in the network can't be copied.
     """
     memo = {} if memo is None else memo
     for tensor in _tensors(network):
-        if not tensor.is_leaf and id(tensor) not in memo:
-            memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(network, memo)
+        if id(tensor) not in memo and (not tensor.is_leaf or tensor.layout is not torch.strided):
+            clone = tensor.detach().clone()
+            memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+    try:
+        return copy.deepcopy(network, memo)
+    except Exception as error:
+        why = f"{type(network).__name__} can't be copied ({type(error).__name__}: {error})"
+        raise ModelError(f"{why}; remove the attribute that can't be, or give its class a __deepcopy__") from error
 
 
 def weightless_copy(network: M) -> M:

@@ -15,6 +15,7 @@ from varify.calls import Unkeyable, mode_of, take_apart
 from varify.copies import copy_network, weightless_copy
 from varify.errors import PriorError, StructureError, listed
 from varify.posteriors import GaussianPosterior, draw
+from varify.prediction import gather
 from varify.priors import Prior
 from varify.rewriting import Program, rewrite
 from varify.selection import Site, aliases, matching, sites
@@ -131,6 +132,41 @@ class VariationalModule(nn.Module):
         if why not in cache:
             cache[why] = rewrite(opaque_trace(None, self._live_sites(), why), self._live_sites())
         return cache[why], [args, dict(kwargs)]
+
+    @torch.no_grad()
+    def predict(
+        self, *args: Any, n_samples: int = 32, outputs: str = "logits", class_dim: int = -1, **kwargs: Any
+    ) -> Any:
+        """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
+
+        Args:
+            args: of the network, as are `kwargs`.
+            n_samples: number of draws.
+            outputs: what the network returns, for the measures on classes; see `Prediction`.
+            class_dim: the classes' dimension in one output.
+            kwargs: of the network.
+
+        Returns:
+            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor.
+
+        Raises:
+            ValueError: n_samples < 1.
+        """
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
+        with self._in_eval(), self.sampling():
+            return gather([self(*args, **kwargs) for _ in range(n_samples)], outputs, class_dim)
+
+    @contextmanager
+    def _in_eval(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.modules() if module.training]
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

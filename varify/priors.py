@@ -121,7 +121,8 @@ class Prior(nn.Module):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Prior":
         """The inverse of `settings`: tensors hold ones until a state dict fills them."""
-        return cls(**{name: torch.ones(v) if isinstance(v, list) else v for name, v in settings.items()})
+        values: dict[str, Any] = {n: torch.ones(v) if isinstance(v, list) else v for n, v in settings.items()}
+        return cls(**values)
 
     def keep(self, **hyperparameters: Any) -> None:
         """Check that each is a finite number or tensor, and keep it under its name."""
@@ -158,7 +159,7 @@ def _short(value: Any) -> str:
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     try:
-        return torch.broadcast_shapes(shape, target) == target
+        return bool(torch.broadcast_shapes(shape, target) == target)
     except RuntimeError:
         return False
 

@@ -63,8 +63,9 @@ def rewrite(trace: Trace, chosen: Mapping[str, Any]) -> Program:
 
 def _compile(graph: fx.Graph, trace: Trace) -> Program:
     code = graph.python_code("self")
+    source = code.src.strip().replace(" -> typing_Any:", ":") + "\n"
     name = f"<varify program {next(_NUMBERS)}>"
     namespace = dict(code.globals)
-    exec(compile(code.src, name, "exec"), namespace)
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Program(code.src, trace.opaque, trace.needs_shapes, namespace["forward"], trace.unpack)
+    exec(compile(source, name, "exec"), namespace)
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for tracebacks
+    return Program(source, trace.opaque, trace.needs_shapes, namespace["forward"], trace.unpack)

@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows by parameter and, once a program exists, the modules it runs as they are. `print` it, or show it in a notebook."""
+    """Rows by parameter and, once a program exists, the modules it runs as they are. Prints, also in notebooks."""
 
     network: str
     rows: Sequence[Row]
