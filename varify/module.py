@@ -269,7 +269,7 @@ class VariationalModule(nn.Module):
             return self._program(args, kwargs)[0].source
         if not self._cache.programs:
             return "# no program yet: one is made by the first training call, or by code(*inputs)\n"
-        return "\n\n".join(program.source.strip() for program in self._cache.programs.values()) + "\n"
+        return "\n\n".join(dict.fromkeys(program.source for program in self._cache.programs.values()))
 
     def extra_repr(self) -> str:
         """How many parameters are variational."""
