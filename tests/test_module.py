@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import varify
 from tests.networks import CASES, OptionalMask, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
-from varify.module import MOST_PROGRAMS
+from varify.programs import MOST_PROGRAMS
 
 MIXTURE = {"sigma_1": 1.0, "sigma_2": 0.002, "pi": 0.5}
 
@@ -260,13 +260,13 @@ def test_programs_are_made_once_per_kind_of_call_and_mode() -> None:
     for _ in range(3):
         vnet(x())
         vnet(x(7, 3))  # another batch size is the same kind
-    assert len(vnet._cache.programs) == 1
+    assert len(vnet._programs.made) == 1
     vnet(x(), mask=torch.ones(3))
     vnet(x(), scale=2.0)
-    assert len(vnet._cache.programs) == 3
+    assert len(vnet._programs.made) == 3
     with vnet.sampling():
         vnet.eval()(x())
-    assert len(vnet._cache.programs) == 4
+    assert len(vnet._programs.made) == 4
     assert "theta['fc.weight']" in vnet.code()
     vnet.double()
     assert vnet.code().startswith("# no program yet")
@@ -279,7 +279,7 @@ def test_endlessly_many_kinds_of_calls_share_one_opaque_program() -> None:
         for i in range(MOST_PROGRAMS + 5):
             output = vnet(x(), scale=float(i))
         torch.testing.assert_close(output, vnet.sample_model()(x(), scale=float(i)))
-    assert len(vnet._cache.programs) == MOST_PROGRAMS + 1
+    assert len(vnet._programs.made) == MOST_PROGRAMS + 1
 
 
 def test_an_argument_of_any_type_will_do() -> None:

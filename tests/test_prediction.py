@@ -120,3 +120,133 @@ def test_a_bayesian_head_alone() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     vnet = varify.variationalize(network, where="1.*")
     assert vnet.predict(torch.ones(1, 3)).std.min() > 0
+
+
+# --- covariances of classes, and regression
+
+
+def test_covariances_of_kwon_by_hand() -> None:
+    epistemic, aleatoric = Prediction(TWO, "probabilities").covariances()
+    # p̄ = (.7, .3), deviations ∓(.2, −.2); aleatoric diagonal: mean of p(1 − p) = (.25 + .09)/2
+    torch.testing.assert_close(epistemic[0], torch.tensor([[0.04, -0.04], [-0.04, 0.04]], dtype=torch.float64))
+    torch.testing.assert_close(aleatoric[0], torch.tensor([[0.17, -0.17], [-0.17, 0.17]], dtype=torch.float64))
+    together = torch.diag(torch.tensor([0.7, 0.3])) - torch.outer(*[torch.tensor([0.7, 0.3])] * 2)
+    torch.testing.assert_close((epistemic + aleatoric)[0], together.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "normalized"])
+def test_covariances_equal_a_loop_and_add_up(normalization: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 5, 3, dtype=torch.float64)
+    prediction = Prediction(logits)
+    epistemic, aleatoric = prediction.covariances(normalization)
+    for n in range(5):
+        ps = []
+        for s in range(7):
+            raw = [
+                math.exp(v) if normalization == "softmax" else math.log1p(math.exp(v)) for v in logits[s, n].tolist()
+            ]
+            ps.append(torch.tensor([v / sum(raw) for v in raw], dtype=torch.float64))
+        mean = sum(ps) / 7
+        torch.testing.assert_close(epistemic[n], sum(torch.outer(p - mean, p - mean) for p in ps) / 7)
+        torch.testing.assert_close(aleatoric[n], sum(torch.diag(p) - torch.outer(p, p) for p in ps) / 7)
+        torch.testing.assert_close(epistemic[n] + aleatoric[n], torch.diag(mean) - torch.outer(mean, mean))
+    summed = prediction.covariances(normalization, summed=True)
+    torch.testing.assert_close(summed[0], sum(epistemic))
+    torch.testing.assert_close(summed[1], sum(aleatoric))
+    with pytest.raises(ValueError, match="normalization='sum'"):
+        prediction.covariances("sum")
+    with pytest.raises(ValueError, match="is for logits; the outputs are probabilities"):
+        Prediction(TWO, "probabilities").covariances("normalized")
+
+
+def test_regression_variances_and_intervals() -> None:
+    import scipy.optimize
+    import scipy.stats
+
+    samples = torch.tensor([[[1.0, -2.0]], [[3.0, 0.0]]], dtype=torch.float64)  # mean and rho of two draws
+    likelihood = varify.HeteroscedasticGaussianLikelihood(floor=0.1)
+    prediction = Prediction(samples)
+    sigmas = [0.1 + math.log1p(math.exp(-2.0)), 0.1 + math.log(2.0)]
+    variances = prediction.variances(likelihood)
+    assert variances.epistemic.item() == pytest.approx(1.0)
+    assert variances.aleatoric.item() == pytest.approx((sigmas[0] ** 2 + sigmas[1] ** 2) / 2)
+    torch.manual_seed(0)
+    draws = torch.cat([m + s * torch.randn(500_000, dtype=torch.float64) for m, s in zip((1, 3), sigmas, strict=True)])
+    # the standard error of a variance is below sqrt(2/n)·var, 0.14 %
+    assert draws.var().item() == pytest.approx(variances.total.item(), rel=0.007)
+    low, high = prediction.interval(0.8, likelihood)
+    cdf = lambda y: sum(scipy.stats.norm(m, s).cdf(y) for m, s in zip((1, 3), sigmas, strict=True)) / 2  # noqa: E731
+    for end, q in ((low, 0.1), (high, 0.9)):
+        assert end.item() == pytest.approx(scipy.optimize.brentq(lambda y, q=q: cdf(y) - q, -10, 10), rel=1e-9)
+    assert prediction.coverage(torch.tensor([[2.0]]), 0.8, likelihood).item() == 1.0
+    assert prediction.coverage(torch.tensor([[20.0]]), 0.8, likelihood).item() == 0.0
+    homoscedastic = Prediction(samples[..., :1]).variances(varify.GaussianLikelihood(sigma=0.5))
+    assert homoscedastic.aleatoric.item() == pytest.approx(0.25)
+    with pytest.raises(ValueError, match=r"the targets have shape \(3,\), the prediction \(1, 2\)"):
+        prediction.coverage(torch.zeros(3))
+
+
+def test_intervals_cover_what_they_say() -> None:
+    torch.manual_seed(0)
+    prediction = Prediction(torch.randn(4000, 2000, 1))
+    covered = prediction.coverage(torch.randn(2000, 1), 0.9).item()
+    assert covered == pytest.approx(0.9, abs=5 * (0.09 / 2000) ** 0.5)  # false alarm: 1 run in 1.7 million
+
+
+# --- both ways of running many draws
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "raw parameters", "dict output", "tied"])
+def test_vectorised_draws_are_those_of_the_loop(name: str) -> None:
+    vnet = varify.variationalize(seeded(CASES[name]).eval())
+    args, kwargs = CASES[name].calls[0]
+    both = []
+    for vectorize in (True, False):
+        torch.manual_seed(3)
+        predicted = vnet.predict(*args, n_samples=20, vectorize=vectorize, **kwargs)
+        both.append(
+            [leaf.samples for leaf in torch.utils._pytree.tree_leaves(predicted) if isinstance(leaf, Prediction)]
+        )
+    assert both[0]
+    for vectorised, looped in zip(*both, strict=True):
+        torch.testing.assert_close(vectorised, looped)
+
+
+def test_vectorising_runs_the_network_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    vnet = varify.variationalize(seeded(CASES["mlp"]))
+    calls = []
+    vnet.code(torch.ones(4, 3))
+    vnet.in_eval().__enter__()
+    program, _ = vnet._programs.find((torch.ones(4, 3),), {}, {}, False)
+    original = type(program).__call__
+    monkeypatch.setattr(type(program), "__call__", lambda self, *a: calls.append(1) or original(self, *a))
+    monkeypatch.setattr(varify.draws, "BYTES_AT_ONCE", 8 * varify.draws._bytes(vnet.sample_model().state_dict()))
+    torch.manual_seed(0)
+    samples = vnet.predict(torch.ones(4, 3), n_samples=20, vectorize=True).samples
+    assert len(calls) == 3
+    torch.manual_seed(0)
+    torch.testing.assert_close(vnet.predict(torch.ones(4, 3), n_samples=20, vectorize=False).samples, samples)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "untraceable", "counting", "noisy"])
+def test_what_can_not_be_vectorised_loops_with_the_same_draws(name: str) -> None:
+    args, kwargs = CASES[name].calls[0]
+    both = []
+    for vectorize in (True, False):
+        vnet = varify.variationalize(seeded(CASES[name]).eval())
+        torch.manual_seed(3)
+        both.append(vnet.predict(*args, n_samples=5, vectorize=vectorize, **kwargs).samples)
+    torch.testing.assert_close(*both)
+
+
+def test_two_threads_predict_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    vnet = varify.variationalize(seeded(CASES["lstm"]), init=varify.inits.Constant(1e-12)).eval()
+    args, kwargs = CASES["lstm"].calls[0]
+    expected = vnet(*args, **kwargs)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(vnet.predict, *args, n_samples=20, **kwargs) for _ in range(12)]
+        for prediction in found:
+            torch.testing.assert_close(prediction.result().samples, expected.detach().expand(20, -1, -1))

@@ -41,6 +41,18 @@ class Layout(NamedTuple):
             return repr(self.spec), self.slots, self.kinds
         return self.spec, self.slots, self.kinds
 
+    def tensors_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The tensors of a call of this layout, in the slots' order.
+
+        Raises:
+            ValueError: the call has another structure.
+        """
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec != self.spec:
+            raise ValueError(f"the call has the structure {spec}, not {self.spec}")
+        found = {slot.index: leaf for slot, leaf in zip(self.slots, leaves, strict=True) if isinstance(slot, Slot)}
+        return [found[i] for i in range(len(found))]
+
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` of a call with `tensors`, or whatever stands for them, in the slots."""
         leaves = [tensors[slot.index] if isinstance(slot, Slot) else slot[1] for slot in self.slots]

@@ -23,6 +23,10 @@ class InitError(VarifyError, ValueError):
     """An initialisation can't be used."""
 
 
+class EstimatorError(VarifyError, ValueError):
+    """An estimator is unknown, or can't be had for a parameter where it must (`strict=True`)."""
+
+
 class StructureError(VarifyError, RuntimeError):
     """The network inside a variational one was rebuilt after the conversion."""
 

@@ -4,37 +4,26 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from varify import priors
-from varify.calls import Unkeyable, mode_of, take_apart
 from varify.copies import copy_network, weightless_copy
+from varify.draws import many
 from varify.errors import PriorError, StructureError, listed
+from varify.estimators import Moments
 from varify.posteriors import GaussianPosterior, draw
 from varify.prediction import gather
 from varify.priors import Prior
-from varify.rewriting import Program, rewrite
+from varify.programs import Programs
+from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
-from varify.tracing import opaque_trace, trace
 from varify.trees import Tree
 
-# A call whose constants change all the time (a step counter, a temperature) would fill the cache; beyond this many
-# programs the network runs as one opaque node, which serves every call.
-MOST_PROGRAMS = 64
-
-
-@dataclass
-class _Cache:
-    """What is made again when needed, and so is neither copied nor pickled."""
-
-    programs: dict[Any, Program] = field(default_factory=dict)
-    sites: dict[str, Site] | None = None
-    modules: tuple[nn.Module, ...] = ()
+PRUNED = 2  # in a mask of fixed weights
 
 
 class VariationalModule(nn.Module):
@@ -45,6 +34,8 @@ class VariationalModule(nn.Module):
             into it, and saves from it.
         rho: the rho's of the chosen parameters, under the same names.
         prior: their priors, likewise.
+        fixed: masks, likewise, of the parameters that have weights which are not random: 1 at those that stay at
+            their mean (the padding row of an embedding), `PRUNED` at those that stay at 0.
     """
 
     runs_opaque = True  # within another variational module: it draws for itself
@@ -55,19 +46,24 @@ class VariationalModule(nn.Module):
         rhos: Mapping[str, nn.Parameter],
         bound_priors: Mapping[str, Prior],
         skipped: dict[str, str],
+        estimators: Mapping[str, str],
+        strict: bool,
     ) -> None:
         super().__init__()
         self.module = network
         self.rho = Tree()
         self.prior = Tree()
+        self.fixed = Tree()
         for name, rho in rhos.items():
             self.rho.put(name, rho)
             self.prior.put(name, bound_priors[name])
         self._chosen = list(rhos)
         self._skipped = skipped
+        self._estimators = dict(estimators)
+        self._strict = strict
         self._sampling = False
-        self._fixed: dict[str, Tensor] | None = None
-        self._cache = _Cache()
+        self._noise: dict[str, Tensor] | None = None
+        self._programs: Programs | None = None
         self.training = network.training
 
     # --- the posteriors
@@ -79,63 +75,73 @@ class VariationalModule(nn.Module):
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
         return {
-            name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name))
-            for name, site in self._live_sites().items()
+            name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name), self.fixed.get(name))
+            for name, site in self._live_programs().sites.items()
         }
 
-    def _live_sites(self) -> dict[str, Site]:
-        if self._cache.sites is None:
+    def _live_programs(self) -> Programs:
+        if self._programs is None or not self._programs.fits(self.module):
             everything = sites(self.module)
-            lost = [name for name in self._chosen if name not in everything]
-            lost += [
-                n for n in self._chosen if n not in lost and everything[n].parameter.shape != self.rho.get(n).shape
+            lost = [
+                name
+                for name in self._chosen
+                if name not in everything or everything[name].parameter.shape != self.rho.get(name).shape
             ]
             if lost:
                 raise StructureError(
                     f"{listed(lost)} of vnet.module changed since the conversion, and so has no posterior; "
                     "change the plain network first, then convert it"
                 )
-            self._cache.sites = {name: everything[name] for name in self._chosen}
-        return self._cache.sites
+            self._programs = Programs(self.module, {name: everything[name] for name in self._chosen})
+        return self._programs
 
     # --- forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network with one draw of its weights while training or `sampling`, else with their means."""
+        """The network with one draw of its weights while training or `sampling`, else with their means.
+
+        Estimators serve in training; `sampling` and `fixed_draw` draw weights.
+        """
         if not (self.training or self._sampling):
             return self.module(*args, **kwargs)
-        program, tensors = self._program(args, kwargs)
-        return program(self, draw(self._posteriors(), self._fixed), tensors)
+        estimating = self.training and not self._sampling and self._noise is None
+        wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
+        program, tensors = self._live_programs().find(args, kwargs, wanted, self._strict)
+        return program(self, self._theta(program), tensors)
 
-    def _program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, list[Tensor]]:
-        modules = tuple(self.module.modules())
-        if modules != self._cache.modules:  # the first call, or somebody changed the tree
-            self._cache = _Cache(modules=modules)
-        cache, live = self._cache.programs, self._live_sites()
-        try:
-            layout, tensors = take_apart(args, kwargs)
-        except Unkeyable as error:
-            return self._unkeyed(str(error), args, kwargs)
-        key = (layout.key, mode_of(modules), bool(nn.modules.module._has_any_global_hook()))
-        shaped = (key, tuple(t.shape for t in tensors))
-        program = cache.get(key) or cache.get(shaped)
-        if program is None and len(cache) >= MOST_PROGRAMS:
-            return self._unkeyed(f"more than {MOST_PROGRAMS} kinds of calls", args, kwargs)
-        if program is None:
-            program = rewrite(trace(self.module, layout, tensors, live), live)
-            cache[shaped if program.needs_shapes else key] = program
-        return program, tensors
+    def _theta(self, program: Program) -> dict[str, Any]:
+        """What a program is given for the parameters: a draw, or the moments of those it has an estimator for."""
+        posteriors = self._posteriors()
+        estimated = {name for name, (estimator, _) in program.estimators.items() if estimator != "weights"}
+        theta: dict[str, Any] = draw({n: q for n, q in posteriors.items() if n not in estimated}, self._noise)
+        for name in estimated:
+            q = posteriors[name]
+            theta[name] = Moments(q.mean.to(q.mu.dtype), q.sigma)
+        return theta
 
-    def _unkeyed(self, why: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Program, list[Any]]:
-        """A program for any arguments whatever: the network as one opaque node."""
-        cache = self._cache.programs
-        if why not in cache:
-            cache[why] = rewrite(opaque_trace(None, self._live_sites(), why), self._live_sites())
-        return cache[why], [args, dict(kwargs)]
+    def functional(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """The network as a pure function of its weights, for `torch.func`: `f(theta, *args, **kwargs)`.
+
+        Args:
+            args: of an example call, as are `kwargs`: f serves calls with tensors in the same places (and everything
+                else equal), in the modes of the moment.
+            kwargs: likewise.
+
+        Returns:
+            f; `theta` has a tensor of the parameter's shape for every name in `posteriors`.
+        """
+        program, _ = self._live_programs().find(args, kwargs, {}, False)
+        return lambda theta, *args, **kwargs: program(self, theta, program.tensors_of(args, kwargs))
 
     @torch.no_grad()
     def predict(
-        self, *args: Any, n_samples: int = 32, outputs: str = "logits", class_dim: int = -1, **kwargs: Any
+        self,
+        *args: Any,
+        n_samples: int = 32,
+        outputs: str = "logits",
+        class_dim: int = -1,
+        vectorize: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
 
@@ -144,6 +150,9 @@ class VariationalModule(nn.Module):
             n_samples: number of draws.
             outputs: what the network returns, for the measures on classes; see `Prediction`.
             class_dim: the classes' dimension in one output.
+            vectorize: whether to run several draws at once, by `torch.func.vmap`; by default where it is expected to
+                be the faster way. The draws are the same either way, and where an operation can't be vectorised they
+                run one after another anyhow.
             kwargs: of the network.
 
         Returns:
@@ -154,11 +163,25 @@ class VariationalModule(nn.Module):
         """
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
-        with self._in_eval(), self.sampling():
-            return gather([self(*args, **kwargs) for _ in range(n_samples)], outputs, class_dim)
+        with self.in_eval():
+            program, tensors = self._live_programs().find(args, kwargs, {}, False)
+            draws = many(
+                lambda theta: program(self, theta, tensors),
+                lambda: draw(self._posteriors(), self._noise),
+                n_samples,
+                False if program.sets_attributes else vectorize,
+                slow=self._slow_at_once(),
+            )
+        return gather(draws, outputs, class_dim)
+
+    def _slow_at_once(self) -> bool:
+        # Convolutions with a weight for each draw become grouped ones, which are two to four times slower on a CPU.
+        sites = self._live_programs().sites.values()
+        return any(isinstance(s.owner, nn.modules.conv._ConvNd) and s.parameter.device.type == "cpu" for s in sites)
 
     @contextmanager
-    def _in_eval(self) -> Iterator[None]:
+    def in_eval(self) -> Iterator[None]:
+        """Within, all parts are in eval mode; as they were afterwards, also after an exception."""
         modes = [(module, module.training) for module in self.modules() if module.training]
         try:
             for module, _ in modes:
@@ -178,16 +201,19 @@ class VariationalModule(nn.Module):
             self._sampling = before
 
     @contextmanager
-    def fixed_draw(self) -> Iterator[None]:
+    def fixed_draw(self, noise: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within, all forwards use the same noise eps, so that the loss is a function of mu and rho alone.
 
         The weights are mu + sigma·eps with the mu and sigma of the moment: what a line search or LBFGS needs.
+
+        Args:
+            noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
         """
-        before, self._fixed = self._fixed, {}
+        before, self._noise = self._noise, dict(noise or {})
         try:
             yield
         finally:
-            self._fixed = before
+            self._noise = before
 
     # --- the divergence
 
@@ -218,7 +244,7 @@ class VariationalModule(nn.Module):
             SelectionError: `where` matches nothing.
         """
         wanted = priors.make(prior, **hyperparameters)
-        live = self._live_sites()
+        live = self._live_programs().sites
         bound = {name: bind(wanted, live[name]) for name in matching(live, where)}
         for name, new in bound.items():
             self.prior.put(name, new)
@@ -227,12 +253,13 @@ class VariationalModule(nn.Module):
 
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
+        self._hold_pruned()
         return copy_network(self.module)
 
     @torch.no_grad()
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""
-        theta = draw(self._posteriors(), self._fixed)
+        theta = draw(self._posteriors(), self._noise)
         sample = copy_network(self.module)
         for name, site in sites(sample).items():
             if name in theta:
@@ -248,6 +275,7 @@ class VariationalModule(nn.Module):
             if name != first:
                 other_names.setdefault(first, []).append(name)
         rows = []
+        programs = self._live_programs().made.values()
         with torch.no_grad():
             posteriors = self._posteriors()
             for name, site in sites(self.module).items():
@@ -255,21 +283,29 @@ class VariationalModule(nn.Module):
                 names = (name, *other_names.get(name, ()))
                 if name in posteriors:
                     q = posteriors[name]
-                    rows.append(
-                        Row(names, shape, repr(q.prior), "weights", float(q.sigma.mean()), float(q.kl_divergence()))
-                    )
+                    told = self._told_of_estimator(name)
+                    rows.append(Row(names, shape, repr(q.prior), told, float(q.sigma.mean()), float(q.kl_divergence())))
                 else:
                     rows.append(Row(names, shape, "", self._skipped.get(name, "not chosen")))
-        opaque = {path: why for program in self._cache.programs.values() for path, why in program.opaque.items()}
+        opaque = {path: why for program in programs for path, why in program.opaque.items()}
         return Summary(type(self.module).__name__, rows, opaque)
 
+    def _told_of_estimator(self, name: str) -> str:
+        wanted = self._estimators[name]
+        if wanted == "weights":
+            return wanted
+        found = [p.estimators[name] for p in self._live_programs().made.values() if name in p.estimators]
+        told = dict.fromkeys(f"{e} ({why})" if why else e for e, why in found if e != "weights" or why)
+        return "; ".join(told) or f"{wanted}, from the first training call on"
+
     def code(self, *args: Any, **kwargs: Any) -> str:
-        """The programs made so far as Python; with arguments, the one for such a call."""
+        """The programs made so far as Python; with arguments, the one that draws weights for such a call."""
+        programs = self._live_programs()
         if args or kwargs:
-            return self._program(args, kwargs)[0].source
-        if not self._cache.programs:
+            return programs.find(args, kwargs, {}, False)[0].source
+        if not programs.made:
             return "# no program yet: one is made by the first training call, or by code(*inputs)\n"
-        return "\n\n".join(dict.fromkeys(program.source for program in self._cache.programs.values()))
+        return "\n\n".join(dict.fromkeys(program.source for program in programs.made.values()))
 
     def extra_repr(self) -> str:
         """How many parameters are variational."""
@@ -278,9 +314,10 @@ class VariationalModule(nn.Module):
     # --- state
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Priors with their hyper-parameters, as numbers and strings."""
+        """Priors with their hyper-parameters, and estimators, as numbers and strings."""
         told = {name: {"kind": q.prior.kind, **q.prior.settings()} for name, q in self._posteriors().items()}
-        return {"priors": told}
+        masked = [name for name in self._chosen if self.fixed.get(name) is not None]
+        return {"priors": told, "estimators": dict(self._estimators), "fixed": masked}
 
     def set_extra_state(self, state: Any) -> None:
         """Take the priors of a checkpoint. Names that are not here are left to torch's report of keys."""
@@ -296,6 +333,31 @@ class VariationalModule(nn.Module):
                 made[name] = priors.KINDS[told["kind"]].from_settings(settings).to(self.rho.get(name).device)
         for name, prior in made.items():
             self.prior.put(name, prior)
+        self._estimators.update({n: e for n, e in state["estimators"].items() if n in self._estimators})
+        self.fixed = Tree()
+        for name in state["fixed"]:
+            if name in self._chosen:
+                self.fix(name, torch.zeros(self.rho.get(name).shape, dtype=torch.int8))
+        self._programs = None
+
+    def fix(self, name: str, mask: Tensor) -> None:
+        """Give a parameter the mask `fixed`, `(*shape)`; weights that are `PRUNED` become 0."""
+        self.fixed.put(name, mask.to(torch.int8).to(self.rho.get(name).device))
+        self._hold_pruned()
+
+    @torch.no_grad()
+    def _hold_pruned(self) -> None:
+        # An optimiser's momentum moves weights that have no gradient.
+        if next(self.fixed.buffers(), None) is not None:
+            for q in self._posteriors().values():
+                if q.fixed is not None:
+                    q.mu[q.fixed == PRUNED] = 0.0
+
+    def train(self, mode: bool = True) -> "VariationalModule":
+        """As in torch: `train()` draws the weights, `eval()` uses their means."""
+        self._hold_pruned()
+        super().train(mode)
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but all or nothing: where torch would refuse halfway, nothing has changed yet."""
@@ -314,12 +376,13 @@ class VariationalModule(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VariationalModule":
-        self._cache = _Cache()
+        self._programs = None
         super()._apply(fn, recurse)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": _Cache(), "_fixed": None, "_sampling": False}
+        # programs are made again when needed, and contexts end with the original
+        return {**self.__dict__, "_programs": None, "_noise": None, "_sampling": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariationalModule":
         new = type(self).__new__(type(self))

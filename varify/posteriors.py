@@ -45,22 +45,31 @@ class GaussianPosterior:
         mu: `(*shape)`, in the network's dtype.
         rho: `(*shape)`, in single precision where the network is half.
         prior: what the Kullback-Leibler divergence is taken to.
+        fixed: `(*shape)`, nonzero at weights that are not random but stay at mu (the padding row of an embedding,
+            pruned weights); they have sigma 0, no gradient and no divergence. None if there are none.
     """
 
-    __slots__ = ("mu", "prior", "rho")
+    __slots__ = ("fixed", "mu", "prior", "rho")
 
-    def __init__(self, mu: Tensor, rho: Tensor, prior: "Prior") -> None:
-        self.mu, self.rho, self.prior = mu, rho, prior
+    def __init__(self, mu: Tensor, rho: Tensor, prior: "Prior", fixed: Tensor | None = None) -> None:
+        self.mu, self.rho, self.prior, self.fixed = mu, rho, prior, fixed
 
     @property
     def mean(self) -> Tensor:
         """mu, `(*shape)`, in the precision of rho, which draws and divergences are computed in."""
-        return self.mu.to(self.rho.dtype)
+        mean = self.mu.to(self.rho.dtype)
+        return mean if self.fixed is None else torch.where(self.fixed == 0, mean, mean.detach())
 
     @property
     def sigma(self) -> Tensor:
         """Standard deviation, `(*shape)`, in the precision of rho."""
-        return F.softplus(self.rho)
+        sigma = F.softplus(self.rho)
+        return sigma if self.fixed is None else torch.where(self.fixed == 0, sigma, 0.0)
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal to noise, |mu|/sigma, `(*shape)`: how much a weight matters; 0 for one that is fixed at 0."""
+        return torch.where(self.mean == 0, 0.0, self.mean.abs() / self.sigma)
 
     def noise(self) -> Tensor:
         """Eps ~ N(0, 1), `(*shape)`. Always a new tensor: one refilled in place would corrupt rho's gradients."""
@@ -76,11 +85,28 @@ class GaussianPosterior:
 
     def entropy(self) -> Tensor:
         """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""
+        if self.fixed is not None:
+            return self.free().entropy()
         return self.sigma.log().sum() + self.rho.numel() * 0.5 * (1 + math.log(2 * math.pi))
+
+    def log_ratio(self, eps: Tensor) -> Tensor:
+        """Log q(w) − log p(w) at the draw that belongs to `eps`, scalar `()`, nats; its mean over draws is the KL."""
+        if self.fixed is not None:
+            return self.free().log_ratio(eps[self.fixed == 0])
+        log_q = -(0.5 * eps.square() + self.sigma.log()).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
+        return log_q - self.prior.log_prob(self.at(eps))
 
     def kl_divergence(self) -> Tensor:
         """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""
-        return kl_divergence(self, self.prior)
+        q = self if self.fixed is None else self.free()
+        return kl_divergence(q, q.prior)
+
+    def free(self) -> "GaussianPosterior":
+        """The posterior of the weights that are not fixed, as a vector."""
+        if self.fixed is None:
+            return self
+        free = self.fixed == 0
+        return GaussianPosterior(self.mu[free], self.rho[free], self.prior.at(free))
 
     def __repr__(self) -> str:
         return f"GaussianPosterior(shape={tuple(self.mu.shape)}, prior={self.prior!r})"

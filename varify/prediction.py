@@ -3,12 +3,37 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+
+class Likelihood(Protocol):
+    """What a prediction asks of a regression's likelihood; those of `varify.likelihoods` have it."""
+
+    def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a target given the network's output."""
+
+
+class Variances(NamedTuple):
+    """Of a new target, each `(*batch, ...)`.
+
+    Attributes:
+        epistemic: variance over the draws of the mean: more data would lower it.
+        aleatoric: mean over the draws of the noise's variance.
+    """
+
+    epistemic: Tensor
+    aleatoric: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, by the law of total variance."""
+        return self.epistemic + self.aleatoric
+
 
 OUTPUTS = ("logits", "probabilities", "binary_logits")
 
@@ -64,16 +89,45 @@ class Prediction:
         weight = (position - below).reshape(*wanted.shape, *(1,) * (self.samples.dim() - 1))
         return torch.lerp(ordered[below], ordered[above], weight)
 
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Lower and upper end of the central interval that holds `level` of the draws, each `(*batch, ...)`.
+    def interval(self, level: float = 0.95, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor]:
+        """Lower and upper end of the central interval of probability `level`, each `(*batch, ...)`.
+
+        Args:
+            level: within (0, 1).
+            likelihood: the noise of a regression. With it, the interval is for a new target (the quantiles of the
+                mixture of the draws' Gaussians); without, for the network's output.
 
         Raises:
             ValueError: level outside (0, 1).
         """
         if not 0 < level < 1:
             raise ValueError(f"level={level}: it must lie within (0, 1)")
-        low, high = self.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2]))
+        ends = ((1 - level) / 2, (1 + level) / 2)
+        if likelihood is None:
+            low, high = self.quantile(torch.tensor(ends))
+        else:
+            low, high = (_mixture_quantile(*likelihood.moments(self.samples), end) for end in ends)
         return low, high
+
+    def coverage(self, targets: Tensor, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
+        """Share of the targets, `(*batch, ...)`, that lie within `interval(level, likelihood)`, `()`.
+
+        Raises:
+            ValueError: level outside (0, 1), or targets of another shape.
+        """
+        low, high = self.interval(level, likelihood)
+        if targets.shape != low.shape:
+            raise ValueError(f"the targets have shape {tuple(targets.shape)}, the prediction {tuple(low.shape)}")
+        return ((targets >= low) & (targets <= high)).to(low.dtype).mean()
+
+    def variances(self, likelihood: Likelihood) -> Variances:
+        """Variance of a new target, by the law of total variance (Kendall & Gal 2017, arXiv:1703.04977).
+
+        Args:
+            likelihood: such as `varify.GaussianLikelihood`: tells mean and variance of a target given an output.
+        """
+        mean, var = likelihood.moments(self.samples)
+        return Variances(mean.var(0, correction=0), var.mean(0))
 
     # --- classes
 
@@ -105,11 +159,55 @@ class Prediction:
         p = self._probability_samples()
         return _entropy(p.mean(0)) - _entropy(p).mean(0)
 
+    def covariances(self, normalization: str = "softmax", *, summed: bool = False) -> tuple[Tensor, Tensor]:
+        r"""Epistemic and aleatoric covariance of the label's indicator, each `(*batch, ..., classes, classes)`.
+
+        Epistemic: mean over the draws of $(\hat p - \bar p)(\hat p - \bar p)^\top$; aleatoric: mean of
+        $\mathrm{diag}(\hat p) - \hat p \hat p^\top$ (Kwon et al. 2020, Computational Statistics & Data Analysis 142,
+        eq. 4).
+
+        Args:
+            normalization: how outputs become probabilities: "softmax", or "normalized", softplus divided by its sum
+                (Shridhar et al. 2018, arXiv:1806.05978).
+            summed: over all inputs: `(classes, classes)`.
+
+        Raises:
+            ValueError: unknown normalization, or outputs that are no logits for "normalized".
+        """
+        if normalization not in ("softmax", "normalized"):
+            raise ValueError(f"normalization={normalization!r}: 'softmax' or 'normalized' is needed")
+        if normalization == "softmax":
+            p = self._probability_samples()
+        elif self.outputs == "logits":
+            p = F.softplus(self.samples.movedim(self._class_dim(), -1))
+            p = p / p.sum(-1, keepdim=True)
+        else:
+            raise ValueError(f"normalization='normalized' is for logits; the outputs are {self.outputs}")
+        away = p - p.mean(0)
+        epistemic = torch.einsum("s...i,s...j->...ij", away, away) / self.n_samples
+        aleatoric = p.mean(0).diag_embed() - torch.einsum("s...i,s...j->...ij", p, p) / self.n_samples
+        if summed:
+            return epistemic.flatten(0, -3).sum(0), aleatoric.flatten(0, -3).sum(0)
+        return epistemic, aleatoric
+
     def variation_ratio(self) -> Tensor:
         """Share of the draws that do not vote for the class most voted for, within [0, 1)."""
         p = self._probability_samples()
         votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(0)
         return 1 - votes.max(-1).values / self.n_samples
+
+
+def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
+    """Quantile of the mixture of Gaussians over dimension 0, by bisection of its distribution function."""
+    std = var.sqrt()
+    # every component's own quantile bounds the mixture's
+    ends = mean + std * torch.special.ndtri(torch.tensor(q, dtype=torch.float64)).to(mean)
+    low, high = ends.min(0).values, ends.max(0).values
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = torch.special.ndtr((middle - mean) / std).mean(0) < q
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -> Any:
@@ -127,4 +225,5 @@ def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -torch.xlogy(p, p).sum(-1)  # xlogy: 0·log 0 is 0
+    plogp: Tensor = torch.xlogy(p, p)  # 0·log 0 is 0
+    return -plogp.sum(-1)

@@ -113,6 +113,15 @@ class Prior(nn.Module):
                 raise PriorError(f"{name} has shape {tuple(value.shape)}; the parameter has {tuple(w.shape)}")
         return copy.deepcopy(self).to(w.device)
 
+    def at(self, chosen: Tensor) -> "Prior":
+        """The prior of some weights alone, as a vector; `chosen` is `(*shape)` of bool."""
+        buffers = dict(self.named_buffers())
+        if not buffers:
+            return self
+        prior = copy.copy(self)
+        prior._buffers = {name: value.expand(chosen.shape)[chosen] for name, value in buffers.items()}
+        return prior
+
     def settings(self) -> dict[str, Any]:
         """The arguments that make this prior again: numbers and strings; of a tensor, its shape as a list."""
         values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -399,6 +408,12 @@ class Factorised(Prior):
             )
         return copy.deepcopy(self).to(w.device)
 
+    def at(self, chosen: Tensor) -> "Prior":  # noqa: D102
+        # its tensors have dimensions of their own (the components of a mixture), so it is the batch that is chosen
+        if not self.distribution.batch_shape:
+            return self
+        return _Picked(self, chosen)
+
     def __repr__(self) -> str:
         return f"Factorised({self.distribution!r})"
 
@@ -438,6 +453,19 @@ class Factorised(Prior):
         }
         built: distributions.Distribution = getattr(distributions, description["class"])(**arguments)
         return built
+
+
+class _Picked(Prior):
+    """Some weights of a `Factorised` prior whose parameters differ between weights."""
+
+    def __init__(self, whole: Factorised, chosen: Tensor) -> None:
+        super().__init__(whole.n_mc_samples)
+        self.whole, self.chosen = whole, chosen
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        # elsewhere any point will do: its density is left out
+        full = torch.zeros(self.chosen.shape, dtype=w.dtype, device=w.device).masked_scatter(self.chosen, w)
+        return self.whole.distribution.log_prob(full)[self.chosen].sum()
 
 
 def _check_scalar_and_real(distribution: distributions.Distribution) -> None:

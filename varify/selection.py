@@ -119,6 +119,16 @@ def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str,
     return chosen, skipped
 
 
+def padding_rows(chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
+    """Masks, 1 at the padding row, of the embeddings that have one: it stands for no input and gets no gradient."""
+    masks = {}
+    for name, site in chosen.items():
+        if isinstance(site.owner, (nn.Embedding, nn.EmbeddingBag)) and site.owner.padding_idx is not None:
+            masks[name] = torch.zeros(site.parameter.shape, dtype=torch.int8)
+            masks[name][site.owner.padding_idx] = 1
+    return masks
+
+
 def _impossible(parameter: nn.Parameter) -> str | None:
     if parameter.is_meta:
         return "on the meta device"

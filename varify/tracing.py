@@ -27,6 +27,8 @@ from varify.copies import weightless_copy
 
 # torch.fx patches nn.Module while it traces, so one trace at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
+# While weights are swapped in, another thread would see them.
+_SWAPPED = threading.RLock()
 # Where a question about a traced value's type is fx's own and not the network's.
 _TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "varify.tracing")
 # Always opaque: their settings (p, inplace) are then read at every call and not when the program was made.
@@ -42,6 +44,8 @@ class Trace:
             under which a variational network keeps the user's.
         unpack: from what the graph returns to what the network returns.
         opaque: path of each opaque module and why it is one.
+        layout: of the calls it serves; None: of any.
+        sets_attributes: a module was seen to change its own attributes in forward, so how often it runs matters.
         needs_shapes: the graph holds for the traced shapes only (an opaque module returned a container, whose
             length may depend on them).
     """
@@ -49,7 +53,9 @@ class Trace:
     graph: fx.Graph
     unpack: Callable[[Any], Any]
     opaque: dict[str, str]
+    layout: Layout | None
     needs_shapes: bool
+    sets_attributes: bool = False
 
 
 def trace(network: nn.Module, layout: Layout, tensors: Sequence[Tensor], chosen: Mapping[str, Any]) -> Trace:
@@ -69,7 +75,7 @@ def trace(network: nn.Module, layout: Layout, tensors: Sequence[Tensor], chosen:
             graph = tracer.trace(root)
         except Exception as error:  # not even a copy of it can be made
             return opaque_trace(layout, chosen, _reason(error))
-    return Trace(graph, root.unpack, tracer.opaque, tracer.needs_shapes)
+    return Trace(graph, root.unpack, tracer.opaque, layout, tracer.needs_shapes, tracer.sets_attributes)
 
 
 def opaque_trace(layout: Layout | None, chosen: Mapping[str, Any], why: str) -> Trace:
@@ -84,17 +90,18 @@ def opaque_trace(layout: Layout | None, chosen: Mapping[str, Any], why: str) -> 
     module = graph.create_node("get_attr", "module")
     weights = {name: graph.create_node("get_attr", f"module.{name}") for name in chosen}
     graph.output(graph.create_node("call_function", run_with, (module, weights, args, kwargs)))
-    return Trace(graph, _as_is, {"": why}, needs_shapes=False)
+    return Trace(graph, _as_is, {"": why}, layout, needs_shapes=False)
 
 
 def run_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call `module` with `weights` (by name within it) in the place of its parameters; as it was afterwards."""
-    try:
-        return functional_call(module, weights, args, kwargs)
-    finally:
-        for part in module.modules():
-            if isinstance(part, nn.RNNBase):  # else it keeps the drawn weights in its list of flat ones
-                part._init_flat_weights()
+    with _SWAPPED:
+        try:
+            return functional_call(module, weights, args, kwargs)
+        finally:
+            for part in module.modules():
+                if isinstance(part, nn.RNNBase):  # else it keeps the drawn weights in its list of flat ones
+                    part._init_flat_weights()
 
 
 def _as_is(output: Any) -> Any:
@@ -251,7 +258,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.chosen = chosen
         self.opaque: dict[str, str] = {}
-        self.needs_shapes = False
+        self.needs_shapes = self.sets_attributes = False
         self.values: list[Tensor] = []
         self.asleep = False  # running on weightless values, recording nothing
         self._thread = threading.get_ident()
@@ -297,6 +304,7 @@ class _Tracer(fx.Tracer):
                 return output
             except Exception as error:  # whatever it is, the module runs as it is
                 why = _reason(error)
+            self.sets_attributes |= snapshot.changed()
             self._roll_back(mark)
             snapshot.restore()
             self.opaque, self.needs_shapes = opaque_before, needs_shapes_before

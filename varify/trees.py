@@ -10,16 +10,19 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Tree(nn.Module):
-    """Parameters or modules at dotted names: `tree.put("fc1.weight", p)` gives the state-dict key `fc1.weight`.
+    """Parameters, buffers or modules at dotted names: `put("fc1.weight", p)` gives the state-dict key `fc1.weight`.
 
     Stays in single precision when a network is made half: sigma is a small number whose logarithm matters.
     """
 
-    def put(self, name: str, leaf: nn.Parameter | nn.Module) -> None:
-        """Set the leaf at `name`, in place of one that is there."""
+    def put(self, name: str, leaf: Tensor | nn.Module) -> None:
+        """Set the leaf at `name`, in place of one that is there; a tensor that is no parameter becomes a buffer."""
         head, _, rest = name.partition(".")
         if not rest:
-            setattr(self, head, leaf)
+            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
+                self.register_buffer(head, leaf)
+            else:
+                setattr(self, head, leaf)
             return
         if head not in self._modules:
             self.add_module(head, type(self)())
@@ -28,10 +31,14 @@ class Tree(nn.Module):
         branch.put(rest, leaf)
 
     def get(self, name: str) -> Any:
-        """The leaf at `name`."""
-        path, _, last = name.rpartition(".")
-        branch = self.get_submodule(path)
-        return branch._parameters[last] if last in branch._parameters else branch._modules[last]
+        """The leaf at `name`, or None."""
+        branch: nn.Module | None = self
+        *path, last = name.split(".")
+        for part in path:
+            branch = branch._modules.get(part) if branch is not None else None
+        if branch is None:
+            return None
+        return next((t[last] for t in (branch._parameters, branch._buffers, branch._modules) if last in t), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tree":
         super()._apply(lambda tensor: _apply_but_halving(fn, tensor), recurse)

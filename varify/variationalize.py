@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify import inits, priors
+from varify import estimators, inits, priors
 from varify.copies import copy_network
 from varify.module import VariationalModule, bind
 from varify.priors import Prior
-from varify.selection import Site, Where, by_glob, check_model, choose, sites
+from varify.selection import Site, Where, by_glob, check_model, choose, padding_rows, sites
 from varify.trees import HALF
 
 
@@ -19,6 +19,8 @@ def variationalize(
     prior: Any = "gaussian",
     where: Where = None,
     init: Any = None,
+    estimator: Any = "weights",
+    strict: bool = False,
     learn_mu: bool = True,
     learn_rho: bool = True,
 ) -> VariationalModule:
@@ -35,29 +37,41 @@ def variationalize(
             layers.
         init: how mu and rho start: a `varify.inits.Init`, the name of one, or `{glob: init}`. Default:
             `varify.inits.Relative()`, the weights as means and a tenth of the prior's standard deviation.
+        estimator: how gradients are estimated in training, or `{glob: estimator}`: "weights" draws the weights once a
+            forward; "local" draws the outputs of linear operations; "flipout" gives each example perturbations of its
+            own; "auto" takes of these the one with the least variance that is exact. Where an estimator can't be had
+            (several uses, an operation without a rule) the weights are drawn, and `summary()` says why.
+        strict: raise an EstimatorError in that case, at the call.
         learn_mu: whether the means require gradients (where the parameters did).
         learn_rho: likewise rho.
 
     Raises:
         ModelError: `model` is no network that can be converted.
         SelectionError: no parameter is chosen.
-        PriorError, InitError: the prior or the initialisation can't be used.
+        PriorError, InitError, EstimatorError: one of these can't be used.
     """
     check_model(model)
     chosen, skipped = choose(model, where)
     chosen_priors = by_glob(prior, priors.make("gaussian"), chosen, priors.make)
     chosen_inits = by_glob(init, inits.make(None), chosen, inits.make)
+    chosen_estimators = by_glob(estimator, "weights", chosen, estimators.check)
     bound = {name: bind(chosen_priors[name], site) for name, site in chosen.items()}
     network = copy_network(model)
     inside = sites(network)
+    fixed = padding_rows(chosen)
     rhos = {}
     for name, site in chosen.items():
         mu, rho = _start(chosen_inits[name], site, bound[name])
+        if name in fixed:
+            mu = torch.where(fixed[name].to(mu.device) == 0, mu, site.parameter.detach().to(mu.dtype))
         parameter = inside[name].parameter
         parameter.data.copy_(mu)
         rhos[name] = nn.Parameter(rho, requires_grad=site.parameter.requires_grad and learn_rho)
         parameter.requires_grad_(parameter.requires_grad and learn_mu)
-    return VariationalModule(network, rhos, bound, skipped)
+    vnet = VariationalModule(network, rhos, bound, skipped, chosen_estimators, strict)
+    for name, mask in fixed.items():
+        vnet.fix(name, mask)
+    return vnet
 
 
 @torch.no_grad()

@@ -1,0 +1,183 @@
+"""Posteriors and priors from data or from the means alone, without gradient descent."""
+
+import glob
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, hessian, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from varify.errors import PriorError
+from varify.module import VariationalModule
+from varify.objective import Criterion, batch_size, scalar, unpack
+from varify.posteriors import GaussianPosterior, softplus_inverse
+from varify.priors import Gaussian
+from varify.selection import matching
+
+Weights = dict[str, Tensor]
+Squares = dict[str, Tensor]
+CURVATURES = ("fisher", "ggn")
+# Gradients of as many data at once as fit in this much memory.
+BYTES_AT_ONCE = 2**28
+
+
+def fit_sigma(
+    vnet: VariationalModule,
+    loader: Iterable[Any],
+    criterion: Criterion,
+    *,
+    num_data: int,
+    curvature: str = "fisher",
+    temperature: float = 1.0,
+) -> None:
+    r"""Set each sigma from the curvature of the loss at the means: a checkpoint becomes a Bayesian network untrained.
+
+    $1/\sigma^2 = N F + 1/\mathrm{var}_p$, with N = num_data, F the mean over the data of the diagonal of the
+    empirical Fisher, $(\partial \mathrm{nll}_n/\partial w)^2$, or of the generalised Gauss-Newton matrix, and
+    var_p the prior's variance: the diagonal Laplace approximation (MacKay 1992; Daxberger et al. 2021,
+    arXiv:2106.14806). The means stay. One pass over the data, in eval mode.
+
+    Args:
+        vnet: its parameters with a mask of fixed weights keep that.
+        loader: of (inputs, targets), inputs as for `ELBO`.
+        criterion: `(output, targets)` to a mean over the batch.
+        num_data: size of the training set; the loader may give fewer data, which then stand for all.
+        curvature: "fisher" takes one backward pass per datum; "ggn" one per output, and needs a network with one
+            output tensor and a criterion that is convex in it.
+        temperature: multiplies all variances; below 1 the posterior is colder.
+
+    Raises:
+        ValueError: an empty loader, a batch larger than num_data, a criterion without a scalar, an unknown curvature.
+        PriorError: a prior has no variance.
+    """
+    if curvature not in CURVATURES:
+        raise ValueError(f"curvature={curvature!r}: one of {', '.join(CURVATURES)} is needed")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: a number greater than 0 is needed")
+    posteriors = dict(vnet.posteriors)
+    prior_var = {name: _prior_std(name, q).square() for name, q in posteriors.items()}
+    squares, seen = _curvature(vnet, loader, criterion, num_data, curvature)
+    with torch.no_grad():
+        for name, q in posteriors.items():
+            precision = num_data / seen * squares[name].to(q.rho.dtype) + 1 / prior_var[name]
+            q.rho.copy_(softplus_inverse((temperature / precision).sqrt()))
+
+
+def _prior_std(name: str, q: GaussianPosterior) -> Tensor:
+    std = q.prior.weight_std()
+    if std is None:
+        raise PriorError(f"the prior of {name}, {q.prior!r}, has no variance; set one that has, such as a Gaussian")
+    return torch.as_tensor(std, dtype=q.rho.dtype, device=q.rho.device).expand(q.rho.shape)
+
+
+def _curvature(
+    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, num_data: int, curvature: str
+) -> tuple[Squares, int]:
+    """Sum over the data of the squares, by parameter, and how many data there were."""
+    means = {name: q.mu.detach() for name, q in vnet.posteriors.items()}
+    total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
+    seen = 0
+    for inputs, targets in loader:
+        size = batch_size(targets)
+        if size is None:
+            raise ValueError("the loader must give (inputs, targets) with a batch of targets")
+        seen += size
+        if seen > num_data:
+            raise ValueError(f"num_data={num_data}, but the loader gave {seen} data already")
+        with vnet.in_eval():
+            of_one = _per_datum(vnet, criterion, inputs, targets, curvature)
+            for square in _over_data(of_one, means, (inputs, targets), size):
+                for name in total:
+                    total[name] += square[name]
+    if not seen:
+        raise ValueError("the loader is empty: there are no data to fit sigma to")
+    return total, seen
+
+
+def _per_datum(
+    vnet: VariationalModule, criterion: Criterion, inputs: Any, targets: Any, curvature: str
+) -> Callable[[Weights, Any], Squares]:
+    """The function from weights and a batch of one to the squares by parameter."""
+    args, kwargs = unpack(_cut(inputs, 0, 1))
+    function = vnet.functional(*args, **kwargs)  # made here, since nothing can be traced within vmap
+
+    def output(theta: Weights, one: Any) -> Any:
+        args, kwargs = unpack(one)
+        return function(theta, *args, **kwargs)
+
+    def fisher(theta: Weights, one: Any) -> Squares:
+        gradients = grad(lambda w: scalar(criterion(output(w, one[0]), one[1])))(theta)
+        return {name: g.square() for name, g in gradients.items()}
+
+    def ggn(theta: Weights, one: Any) -> Squares:
+        found, pull_back = vjp(lambda w: output(w, one[0]), theta)  # type: ignore[misc]
+        if not isinstance(found, Tensor):
+            raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
+        second = hessian(lambda y: scalar(criterion(y, one[1])))(found).reshape(found.numel(), found.numel())
+        # H = L Lᵀ, so that the diagonal of Jᵀ H J is the sum of squares of Jᵀ L's rows
+        values, vectors = torch.linalg.eigh(second)
+        roots = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
+        (columns,) = vmap(pull_back)(roots)
+        return {name: c.square().sum(0) for name, c in columns.items()}
+
+    return fisher if curvature == "fisher" else ggn
+
+
+def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch: Any, size: int) -> Iterator[Squares]:
+    """Sums over parts of the batch: vectorised where the operations allow it, else one datum at a time."""
+    leaves, spec = pytree.tree_flatten(batch)
+    dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None for leaf in leaves]
+
+    def of_row(*row: Any) -> Squares:
+        one = [x.unsqueeze(0) if dim == 0 else x for x, dim in zip(row, dims, strict=True)]
+        return of_one(means, pytree.tree_unflatten(one, spec))
+
+    chunk = max(1, BYTES_AT_ONCE // max(1, sum(4 * mu.numel() for mu in means.values())))
+    for start in range(0, size, chunk):
+        rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)]
+        try:
+            squares = vmap(of_row, in_dims=tuple(dims), randomness="error")(*rows)
+            yield {name: square.sum(0) for name, square in squares.items()}
+        except (RuntimeError, NotImplementedError):  # no batching rule; an error of the user's own comes again below
+            for i in range(start, min(start + chunk, size)):
+                yield of_row(*(x[i] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)))
+
+
+def _cut(tree: Any, start: int, end: int) -> Any:
+    return pytree.tree_map(lambda x: x[start:end] if isinstance(x, Tensor) and x.dim() else x, tree)
+
+
+@torch.no_grad()
+def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> dict[str, float]:
+    """Set the std of Gaussian priors to what maximises the ELBO: empirical Bayes, one number a parameter tensor.
+
+    std² = mean of (mu − m)² + sigma², m the prior's mean. Call it once, or now and then as training goes.
+
+    Args:
+        vnet: its parameters with another prior keep that.
+        where: glob, or several, on parameter names.
+
+    Returns:
+        The new std by parameter name.
+
+    Raises:
+        SelectionError: `where` matches nothing.
+        PriorError: nothing that it matches has a Gaussian prior.
+    """
+    posteriors = dict(vnet.posteriors)
+    matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
+    if not matched:
+        raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
+    fitted = {}
+    for name in matched:
+        q = posteriors[name].free()
+        prior = q.prior
+        assert isinstance(prior, Gaussian)
+        fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
+    for name, std in fitted.items():
+        prior = posteriors[name].prior
+        assert isinstance(prior, Gaussian)
+        vnet.set_prior(Gaussian(prior.mean, std), where=glob.escape(name))
+    return fitted

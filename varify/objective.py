@@ -1,0 +1,157 @@
+"""The objective: negative log likelihood and KL, weighted as they must be."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from varify.module import VariationalModule, prior_loss
+from varify.schedules import Schedule
+
+BOUNDS = ("elbo", "importance_weighted")
+Criterion = Callable[[Any, Any], Tensor]
+
+
+class Terms(NamedTuple):
+    """What `ELBO` returns; each a scalar `()`, differentiable.
+
+    Attributes:
+        loss: what to minimise, nats per datum.
+        nll: negative log likelihood, mean per datum, nats.
+        kl: total KL(q‖p), nats, as it is: neither weighted nor divided.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+class ELBO:
+    r"""The negative evidence lower bound per datum: loss = nll + beta·kl/num_data.
+
+    Args:
+        num_data: size of the training set, not of a batch: the KL belongs to all the data together.
+        n_samples: forwards a step, each with its own draw; the nll is their mean.
+        beta: weight of the KL, a number or a function of the step such as those in `varify.schedules`.
+        bound: "elbo", or "importance_weighted", the bound of Burda, Grosse & Salakhutdinov (2016, arXiv:1509.00519)
+            over the weights, $-\log \frac1S \sum_s e^{-N nll_s} (p(w_s)/q(w_s))^\beta$ divided by N = num_data. It is
+            tighter than the ELBO with more samples, needs drawn weights (estimator "weights"), and is a bound when
+            the batch is all of the data; on minibatches, N times a batch's nll stands for the data's.
+
+    Attributes:
+        step: training steps counted so far, for a schedule; set it after a resumed training.
+
+    Raises:
+        ValueError: num_data < 1, n_samples < 1, a negative beta or an unknown bound.
+    """
+
+    def __init__(self, *, num_data: int, n_samples: int = 1, beta: float | Schedule = 1.0, bound: str = "elbo") -> None:
+        for name, value in (("num_data", num_data), ("n_samples", n_samples)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: a whole number, at least 1, is needed")
+        if not callable(beta) and not 0 <= beta < math.inf:
+            raise ValueError(f"beta={beta!r}: a number of at least 0, or a function of the step, is needed")
+        if bound not in BOUNDS:
+            raise ValueError(f"bound={bound!r}: one of {', '.join(BOUNDS)} is needed")
+        self.num_data, self.n_samples, self.bound = num_data, n_samples, bound
+        self.step = 0
+        self._beta = beta
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL at this step."""
+        return float(self._beta(self.step) if callable(self._beta) else self._beta)
+
+    def __call__(self, vnet: nn.Module, criterion: Criterion, inputs: Any, targets: Any) -> Terms:
+        """The terms on one batch. A call in training mode counts as a step.
+
+        Args:
+            vnet: a variational module, or any module with variational parts, also within DDP.
+            criterion: `(output, targets)` to a mean over the batch, as torch's losses are by default.
+            inputs: one tensor, a tuple of positional or a dict of keyword arguments.
+            targets: handed to the criterion.
+
+        Raises:
+            ValueError: the criterion returns no scalar, or the batch is larger than num_data.
+        """
+        args, kwargs = unpack(inputs)
+        batch = batch_size(targets, args, kwargs)
+        if batch is not None and batch > self.num_data:
+            raise ValueError(
+                f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
+            )
+        beta = self.beta
+        if self.bound == "elbo":
+            nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
+            nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
+            terms = Terms(nll + beta * kl / self.num_data, nll, kl)
+        else:
+            terms = self._importance_weighted(vnet, criterion, args, kwargs, targets, beta)
+        self.step += vnet.training
+        return terms
+
+    def _importance_weighted(
+        self, vnet: nn.Module, criterion: Criterion, args: Any, kwargs: Any, targets: Any, beta: float
+    ) -> Terms:
+        if not isinstance(vnet, VariationalModule):
+            raise ValueError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
+        nlls, log_ratios = [], []
+        for _ in range(self.n_samples):
+            posteriors = vnet.posteriors
+            noise = {name: q.noise() for name, q in posteriors.items()}
+            with vnet.sampling(), vnet.fixed_draw(noise):
+                nlls.append(scalar(criterion(vnet(*args, **kwargs), targets)))
+            ratios = [q.log_ratio(noise[name]) for name, q in posteriors.items()]
+            log_ratios.append(torch.stack(ratios).sum())
+        nll, log_ratio = torch.stack(nlls), torch.stack(log_ratios)
+        bound = torch.logsumexp(-self.num_data * nll - beta * log_ratio, 0) - math.log(self.n_samples)
+        return Terms(-bound / self.num_data, nll.mean(), log_ratio.mean())
+
+
+def unpack(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of a network from what stands for its inputs."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+        return inputs, {}
+    return (inputs,), {}
+
+
+def batch_size(targets: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int | None:
+    """Length of the first tensor with dimensions in targets, else in the inputs; None if there is none."""
+    leaves = torch.utils._pytree.tree_leaves((targets, args, dict(kwargs or {})))
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+
+
+def scalar(loss: Any) -> Tensor:
+    """The criterion's value, checked.
+
+    Raises:
+        ValueError: it is no scalar tensor.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"the criterion returned {what}; a scalar is needed, the mean over the batch")
+    return loss.reshape(())
+
+
+def parameter_groups(network: nn.Module, lr: float, rho_lr: float | None = None) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser: rho's apart from everything else, since they want a rate of their own.
+
+    Args:
+        network: a variational module, or any module with variational parts.
+        lr: of the means and the deterministic parameters.
+        rho_lr: of the rho's; default `lr`. Weight decay is 0 for both: the prior is the regulariser.
+    """
+    rhos = {id(p) for m in network.modules() if isinstance(m, VariationalModule) for p in m.rho.parameters()}
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) not in rhos], "lr": lr, "weight_decay": 0.0},
+        {
+            "params": [p for p in parameters if id(p) in rhos],
+            "lr": lr if rho_lr is None else rho_lr,
+            "weight_decay": 0.0,
+        },
+    ]

@@ -1,0 +1,63 @@
+"""The programs of one network, by kind of call: made when first needed, then kept."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from varify.calls import Unkeyable, mode_of, take_apart
+from varify.rewriting import Program, rewrite
+from varify.selection import Site
+from varify.tracing import opaque_trace, trace
+
+# A call whose constants change all the time (a step counter, a temperature) would fill the memory; beyond this many
+# programs the network runs as one opaque node, which serves every call.
+MOST_PROGRAMS = 64
+
+
+class Programs:
+    """Holds good as long as the network has the same modules; see `fits`."""
+
+    def __init__(self, network: nn.Module, sites: Mapping[str, Site]) -> None:
+        self.sites = sites
+        self.made: dict[Any, Program] = {}
+        self._network = network
+        self._modules = tuple(network.modules())
+
+    def fits(self, network: nn.Module) -> bool:
+        """Whether `network` still has the modules these were made for."""
+        return self._modules == tuple(network.modules())
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Mapping[str, str], strict: bool
+    ) -> tuple[Program, list[Any]]:
+        """The program for a call, and what to run it on.
+
+        Args:
+            args: of the call, as are `kwargs`.
+            kwargs: likewise.
+            wanted: estimator by parameter; those without one are drawn.
+            strict: see `rewrite`.
+        """
+        try:
+            layout, tensors = take_apart(args, kwargs)
+        except Unkeyable as error:
+            return self._for_any_call(str(error), args, kwargs, wanted, strict)
+        key = (layout.key, mode_of(self._modules), bool(nn.modules.module._has_any_global_hook()), bool(wanted))
+        shaped = (key, tuple(t.shape for t in tensors))
+        program = self.made.get(key) or self.made.get(shaped)
+        if program is None and len(self.made) >= MOST_PROGRAMS:
+            return self._for_any_call(f"more than {MOST_PROGRAMS} kinds of calls", args, kwargs, wanted, strict)
+        if program is None:
+            program = rewrite(trace(self._network, layout, tensors, self.sites), self.sites, wanted, strict)
+            self.made[shaped if program.needs_shapes else key] = program
+        return program, tensors
+
+    def _for_any_call(
+        self, why: str, args: Any, kwargs: Any, wanted: Mapping[str, str], strict: bool
+    ) -> tuple[Program, list[Any]]:
+        """The network as one opaque node, which takes any arguments whatever."""
+        key = (why, bool(wanted))
+        if key not in self.made:
+            self.made[key] = rewrite(opaque_trace(None, self.sites, why), self.sites, wanted, strict)
+        return self.made[key], [args, dict(kwargs)]

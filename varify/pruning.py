@@ -1,0 +1,100 @@
+"""Leaving out the weights that the posterior can do without: those with the least signal to noise, |mu|/sigma.
+
+Graves 2011, Practical Variational Inference for Neural Networks; Blundell et al. 2015, arXiv:1505.05424, section 5.1.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from varify.module import PRUNED, VariationalModule
+from varify.selection import matching
+
+
+@torch.no_grad()
+def prune(
+    vnet: VariationalModule,
+    fraction: float | None = None,
+    *,
+    threshold: float | None = None,
+    where: str | Sequence[str] = "*",
+) -> float:
+    """Set the weights with the lowest signal to noise to 0, for good: in draws, means, further training, state dicts.
+
+    Args:
+        vnet: changed in place.
+        fraction: share of the weights to be 0 afterwards, those pruned before included, within [0, 1].
+        threshold: in place of a fraction: all with |mu|/sigma below it.
+        where: glob, or several, on the names of the parameters to choose among.
+
+    Returns:
+        The share of the weights that are pruned now, of the parameters that `where` matches.
+
+    Raises:
+        ValueError: neither or both of fraction and threshold, or one that can't be.
+        SelectionError: `where` matches nothing.
+    """
+    if (fraction is None) == (threshold is None):
+        raise ValueError("either fraction or threshold is needed, and not both")
+    if fraction is not None and not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction}: it must lie within [0, 1]")
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(f"threshold={threshold}: a number of at least 0 is needed")
+    posteriors = dict(vnet.posteriors)
+    names = matching(posteriors, where)
+    ratios = {name: _ratios(posteriors[name].snr, posteriors[name].fixed) for name in names}
+    chosen = _below(ratios, threshold) if threshold is not None else _lowest(ratios, fraction or 0.0)
+    for name, lost in chosen.items():
+        fixed = posteriors[name].fixed
+        mask = torch.zeros_like(lost, dtype=torch.int8) if fixed is None else fixed.clone()
+        mask[lost] = PRUNED
+        if lost.any():
+            vnet.fix(name, mask)
+    return sum(int(lost.sum()) for lost in chosen.values()) / sum(lost.numel() for lost in chosen.values())
+
+
+def _ratios(snr: Tensor, fixed: Tensor | None) -> Tensor:
+    """Signal to noise; below all where a weight is pruned already, above all where it is fixed for another reason."""
+    if fixed is None:
+        return snr
+    return snr.masked_fill(fixed == PRUNED, -1.0).masked_fill((fixed != 0) & (fixed != PRUNED), math.inf)
+
+
+def _below(ratios: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    return {name: r < threshold for name, r in ratios.items()}
+
+
+def _lowest(ratios: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    # By rank, since a value at the border may be that of many weights. One order over all parameters.
+    device = next(iter(ratios.values())).device
+    together = torch.cat([r.flatten().to(device) for r in ratios.values()])
+    lost = torch.zeros(together.shape, dtype=torch.bool, device=device)
+    lost[together.argsort()[: round(fraction * together.numel())]] = True
+    lost &= together.isfinite()
+    parts = lost.split([r.numel() for r in ratios.values()])
+    return {name: part.reshape(r.shape).to(r.device) for (name, r), part in zip(ratios.items(), parts, strict=True)}
+
+
+def pruning_curve(
+    vnet: VariationalModule,
+    evaluate: Callable[[VariationalModule], float],
+    fractions: Iterable[float] = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98),
+    *,
+    where: str | Sequence[str] = "*",
+) -> list[tuple[float, float]]:
+    """A figure of merit against the share of weights pruned.
+
+    Args:
+        vnet: left alone; a copy is pruned.
+        evaluate: from the pruned network to the figure, such as its accuracy on held-out data.
+        fractions: in rising order.
+        where: see `prune`.
+
+    Returns:
+        Pairs of the share pruned and the figure.
+    """
+    pruned = copy.deepcopy(vnet)
+    return [(prune(pruned, fraction, where=where), float(evaluate(pruned))) for fraction in sorted(fractions)]
