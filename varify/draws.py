@@ -1,5 +1,6 @@
 """Many draws through one network: one after another, or several at once by vmap, with the same weights either way."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def many(
         chunk = max(1, min(chunk, BYTES_AT_ONCE // _bytes(thetas[0])))
         thetas += [draw() for _ in range(min(chunk, n_samples - len(outputs)) - 1)]
         try:
-            outputs += _vectorised(run, thetas)
+            outputs += _all_at_once(run, thetas)
         except torch.OutOfMemoryError:
             if chunk == 1:
                 raise
@@ -46,11 +47,46 @@ def many(
     return outputs
 
 
+def vectorised(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+    """`torch.func.vmap` that raises where a loop is the better way: an operation is random or has no batching rule."""
+    mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
+
+    def run(*args: Any) -> Any:
+        with _WITHOUT_FALLBACK:
+            return mapped(*args)
+
+    return run
+
+
+class _WithoutFallback:
+    """vmap's own loop, with its warning, off; on again when the last thread has left."""
+
+    def __init__(self) -> None:
+        self._functorch: Any = torch._C._functorch
+        self._lock, self._within, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._before = self._functorch._is_vmap_fallback_enabled()
+                self._functorch._set_vmap_fallback_enabled(False)
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._functorch._set_vmap_fallback_enabled(self._before)
+
+
+_WITHOUT_FALLBACK = _WithoutFallback()
+
+
 class _Place:
     """Where a tensor goes."""
 
 
-def _vectorised(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
+def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
     stacked = {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}
     template: list[Any] = []
 
@@ -59,8 +95,7 @@ def _vectorised(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
         template[:] = [[_Place if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    # An operation that is random would draw other numbers than in a loop, so it is an error here, and loops.
-    columns = torch.func.vmap(tensors, randomness="error")(stacked)
+    columns = vectorised(tensors)(stacked)
     leaves, spec = template
     outputs = []
     for row in zip(*columns, strict=True):

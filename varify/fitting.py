@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, vjp, vmap
+from torch.func import grad, jacrev, vjp
 from torch.utils import _pytree as pytree
 
+from varify.draws import vectorised
 from varify.errors import PriorError
 from varify.module import VariationalModule
 from varify.objective import Criterion, batch_size, scalar, unpack
@@ -115,11 +116,11 @@ def _per_datum(
         found, pull_back = vjp(lambda w: output(w, one[0]), theta)  # type: ignore[misc]
         if not isinstance(found, Tensor):
             raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
-        second = hessian(lambda y: scalar(criterion(y, one[1])))(found).reshape(found.numel(), found.numel())
+        second = jacrev(jacrev(lambda y: scalar(criterion(y, one[1]))))(found).reshape(found.numel(), found.numel())
         # H = L Lᵀ, so that the diagonal of Jᵀ H J is the sum of squares of Jᵀ L's rows
         values, vectors = torch.linalg.eigh(second)
         roots = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
-        (columns,) = vmap(pull_back)(roots)
+        (columns,) = torch.func.vmap(pull_back)(roots)
         return {name: c.square().sum(0) for name, c in columns.items()}
 
     return fisher if curvature == "fisher" else ggn
@@ -138,9 +139,9 @@ def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch:
     for start in range(0, size, chunk):
         rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)]
         try:
-            squares = vmap(of_row, in_dims=tuple(dims), randomness="error")(*rows)
+            squares = vectorised(of_row, tuple(dims))(*rows)
             yield {name: square.sum(0) for name, square in squares.items()}
-        except (RuntimeError, NotImplementedError):  # no batching rule; an error of the user's own comes again below
+        except Exception:  # no batching rule; an error of the user's own comes again below
             for i in range(start, min(start + chunk, size)):
                 yield of_row(*(x[i] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)))
 

@@ -14,7 +14,7 @@ from varify.copies import copy_network, weightless_copy
 from varify.draws import many
 from varify.errors import PriorError, StructureError, listed
 from varify.estimators import Moments
-from varify.posteriors import GaussianPosterior, draw
+from varify.posteriors import PRUNED, GaussianPosterior, draw
 from varify.prediction import gather
 from varify.priors import Prior
 from varify.programs import Programs
@@ -22,8 +22,6 @@ from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
 from varify.trees import Tree
-
-PRUNED = 2  # in a mask of fixed weights
 
 
 class VariationalModule(nn.Module):
@@ -315,6 +313,7 @@ class VariationalModule(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Priors with their hyper-parameters, and estimators, as numbers and strings."""
+        self._hold_pruned()
         told = {name: {"kind": q.prior.kind, **q.prior.settings()} for name, q in self._posteriors().items()}
         masked = [name for name in self._chosen if self.fixed.get(name) is not None]
         return {"priors": told, "estimators": dict(self._estimators), "fixed": masked}
@@ -347,7 +346,7 @@ class VariationalModule(nn.Module):
 
     @torch.no_grad()
     def _hold_pruned(self) -> None:
-        # An optimiser's momentum moves weights that have no gradient.
+        # Draws have them at 0 anyhow; but the means are the network's own, and momentum moves what has no gradient.
         if next(self.fixed.buffers(), None) is not None:
             for q in self._posteriors().values():
                 if q.fixed is not None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from varify.priors import Prior
 
 
+PRUNED = 2  # in a mask of fixed weights
+
+
 def softplus_inverse(sigma: Tensor) -> Tensor:
     """Rho with softplus(rho) = sigma, for sigma > 0, elementwise."""
     # log(exp(s) - 1) overflows from s = 89 in float32 and loses all digits near 0; this form does neither.
@@ -45,8 +48,9 @@ class GaussianPosterior:
         mu: `(*shape)`, in the network's dtype.
         rho: `(*shape)`, in single precision where the network is half.
         prior: what the Kullback-Leibler divergence is taken to.
-        fixed: `(*shape)`, nonzero at weights that are not random but stay at mu (the padding row of an embedding,
-            pruned weights); they have sigma 0, no gradient and no divergence. None if there are none.
+        fixed: `(*shape)`, nonzero at weights that are not random: 1 where they stay at mu (the padding row of an
+            embedding), `PRUNED` where they are 0. They have sigma 0, no gradient and no divergence. None if there
+            are none.
     """
 
     __slots__ = ("fixed", "mu", "prior", "rho")
@@ -58,7 +62,10 @@ class GaussianPosterior:
     def mean(self) -> Tensor:
         """mu, `(*shape)`, in the precision of rho, which draws and divergences are computed in."""
         mean = self.mu.to(self.rho.dtype)
-        return mean if self.fixed is None else torch.where(self.fixed == 0, mean, mean.detach())
+        if self.fixed is None:
+            return mean
+        kept = torch.where(self.fixed == PRUNED, 0.0, mean.detach())
+        return torch.where(self.fixed == 0, mean, kept)
 
     @property
     def sigma(self) -> Tensor:

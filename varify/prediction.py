@@ -225,5 +225,5 @@ def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -
 
 
 def _entropy(p: Tensor) -> Tensor:
-    plogp: Tensor = torch.xlogy(p, p)  # 0·log 0 is 0
-    return -plogp.sum(-1)
+    entropy: Tensor = torch.special.entr(p).sum(-1)  # −p log p, 0 at 0
+    return entropy

@@ -409,10 +409,12 @@ class Factorised(Prior):
         return copy.deepcopy(self).to(w.device)
 
     def at(self, chosen: Tensor) -> "Prior":  # noqa: D102
-        # its tensors have dimensions of their own (the components of a mixture), so it is the batch that is chosen
         if not self.distribution.batch_shape:
             return self
-        return _Picked(self, chosen)
+        if any(isinstance(value, dict) for value in self.description.values()):
+            # a mixture's tensors have dimensions of their own, for its components
+            return _Picked(self, chosen)
+        return super().at(chosen)
 
     def __repr__(self) -> str:
         return f"Factorised({self.distribution!r})"

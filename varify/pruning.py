@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from varify.module import PRUNED, VariationalModule
+from varify.module import VariationalModule
+from varify.posteriors import PRUNED
 from varify.selection import matching
 
 

@@ -1,0 +1,293 @@
+"""fit_sigma, fit_prior, pruning, fixed weights and description length."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import varify
+from tests.networks import CASES, Recurrent, TiedLanguageModel, seeded
+from varify.posteriors import PRUNED
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))
+
+
+def data(n: int = 10) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator))
+
+
+def expected_sigma(squares: Tensor, num_data: int, seen: int, prior_std: float) -> Tensor:
+    return (num_data * squares / seen + 1 / prior_std**2).rsqrt()
+
+
+def test_fit_sigma_by_one_backward_pass_per_datum() -> None:
+    network = classifier()
+    vnet = varify.variationalize(network, prior=varify.priors.Gaussian(std=0.7)).train()
+    varify.fit_sigma(vnet, DataLoader(data(), batch_size=4), F.cross_entropy, num_data=50)
+    assert all(m.training for m in vnet.modules())
+    network.eval()
+    for name, parameter in network.named_parameters():
+        squares = torch.zeros_like(parameter)
+        for x, y in zip(*data().tensors, strict=True):
+            network.zero_grad()
+            F.cross_entropy(network(x[None]), y[None]).backward()
+            squares += parameter.grad**2
+        q = vnet.posteriors[name]
+        assert torch.equal(q.mu, parameter)
+        torch.testing.assert_close(q.sigma, expected_sigma(squares, 50, 10, 0.7), rtol=1e-4, atol=1e-6)
+
+
+def test_gauss_newton_of_a_linear_softmax_is_its_hessian() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3).double()
+    x, y = data().tensors
+    vnet = varify.variationalize(network, prior=varify.priors.Gaussian(std=2.0))
+    varify.fit_sigma(vnet, [(x.double(), y)], F.cross_entropy, num_data=10, curvature="ggn", temperature=0.25)
+    weight = network.weight.detach()
+    loss = lambda w: F.cross_entropy(x.double() @ w.T + network.bias.detach(), y, reduction="sum")  # noqa: E731
+    hessian = torch.autograd.functional.hessian(loss, weight).reshape(12, 12).diag().reshape(3, 4)
+    torch.testing.assert_close(vnet.posteriors["weight"].sigma, 0.5 * (hessian + 0.25).rsqrt())
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_fit_sigma_finds_the_posterior_of_linear_regression(curvature: str) -> None:
+    """With Gaussian noise the generalised Gauss-Newton matrix is exact; the Fisher is in expectation."""
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3, dtype=torch.float64)
+    y = x @ torch.ones(3, 1, dtype=torch.float64) + 2 * torch.randn(4000, 1, dtype=torch.float64)
+    network = nn.Linear(3, 1, bias=False).double()
+    network.weight.data = torch.linalg.lstsq(x, y).solution.T
+    vnet = varify.variationalize(network, prior=varify.priors.Gaussian(std=0.05))
+    likelihood = varify.GaussianLikelihood(sigma=2.0).double()
+    varify.fit_sigma(vnet, DataLoader(TensorDataset(x, y), 500), likelihood, num_data=4000, curvature=curvature)
+    precision = (x.T @ x).diag() / 4 + 400
+    tolerance = 1e-5 if curvature == "ggn" else 0.1  # 4,000 squares of products: about 2 %
+    torch.testing.assert_close(vnet.posteriors["weight"].sigma[0], precision.rsqrt(), rtol=tolerance, atol=0.0)
+
+
+@pytest.mark.parametrize("case", ["lstm", "transformer", "untraceable", "cnn"])
+def test_fit_sigma_on_any_network(case: str) -> None:
+    network = seeded(CASES[case]).eval()
+    (x,), _ = CASES[case].calls[0]
+    vnet = varify.variationalize(network)
+    target = torch.zeros_like(network(x))
+    varify.fit_sigma(vnet, [(x, target)], F.mse_loss, num_data=len(x))
+    name = list(vnet.posteriors)[-1]
+    squares = torch.zeros_like(network.get_parameter(name))
+    for i in range(len(x)):
+        loss = F.mse_loss(network(x[i : i + 1]), target[i : i + 1])
+        gradient = torch.autograd.grad(loss, network.get_parameter(name), allow_unused=True)[0]
+        squares += 0 if gradient is None else gradient**2
+    q = vnet.posteriors[name]
+    torch.testing.assert_close(q.sigma, expected_sigma(squares, 1, 1, q.prior.std), rtol=1e-4, atol=1e-6)
+
+
+def test_bad_fits_change_nothing() -> None:
+    vnet = varify.variationalize(classifier())
+    before = copy.deepcopy(vnet.state_dict())
+    x, y = data().tensors
+    fit = varify.fit_sigma
+    with pytest.raises(TypeError, match="num_data"):
+        fit(vnet, [(x, y)], F.cross_entropy)
+    for loader, criterion, options, told in (
+        ([], F.cross_entropy, {"num_data": 10}, "the loader is empty"),
+        ([(x, y)], F.cross_entropy, {"num_data": 9}, "num_data=9, but the loader gave 10"),
+        ([(x, y)], F.cross_entropy, {"num_data": 10, "curvature": "hessian"}, "curvature='hessian'"),
+        ([(x, y)], F.cross_entropy, {"num_data": 10, "temperature": 0.0}, "temperature=0.0"),
+        ([(x, y)], lambda o, t: o, {"num_data": 10}, r"the criterion returned a tensor of shape \(1, 3\)"),
+        ([(x, 3)], F.cross_entropy, {"num_data": 10}, "a batch of targets"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            fit(vnet, loader, criterion, **options)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fit(vnet, [(x[:, :3], y)], F.cross_entropy, num_data=10)
+    for key, value in vnet.state_dict().items():
+        assert torch.equal(value, before[key]) if isinstance(value, Tensor) else value == before[key]
+    vnet.set_prior("conjugate_known_mean", mean=0.0, alpha_0=1.0, beta_0=1.0)
+    with pytest.raises(varify.PriorError, match=r"the prior of 0.weight, ConjugateKnownMean\(.*\), has no variance"):
+        fit(vnet, [(x, y)], F.cross_entropy, num_data=10)
+
+
+def test_fit_prior_minimises_the_divergence() -> None:
+    vnet = varify.variationalize(classifier(), init=varify.inits.Normal((0.1, 0.5), (-2.0, 0.5)))
+    vnet.set_prior("mixtgauss", sigma_1=1.0, sigma_2=0.1, pi=0.5, where="3.bias")
+    fitted = varify.fit_prior(vnet)
+    assert list(fitted) == ["0.weight", "0.bias", "3.weight"]
+    q = vnet.posteriors["0.weight"]
+    best = q.kl_divergence().item()
+    for factor in (0.97, 1.03):
+        vnet.set_prior(varify.priors.Gaussian(std=fitted["0.weight"] * factor), where="0.weight")
+        assert vnet.posteriors["0.weight"].kl_divergence().item() > best
+    second_moment = (q.mu**2 + torch.log1p(q.rho.exp()) ** 2).mean().sqrt()
+    assert fitted["0.weight"] == pytest.approx(second_moment.item(), rel=1e-5)
+    assert list(varify.fit_prior(vnet, where="0.*")) == ["0.weight", "0.bias"]
+    with pytest.raises(varify.PriorError, match="matches no parameter with a Gaussian prior"):
+        varify.fit_prior(vnet, where="3.bias")
+
+
+# --- weights that are fixed
+
+
+@pytest.mark.parametrize("pretrained_row", [0.0, 0.7])
+def test_the_padding_row_of_an_embedding_is_not_random(pretrained_row: float) -> None:
+    network = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Linear(3, 2))
+    network[0].weight.data[1] = pretrained_row
+    vnet = varify.variationalize(network, init=varify.inits.Normal())
+    q = vnet.posteriors["0.weight"]
+    assert q.mu[1].eq(pretrained_row).all()
+    assert vnet.sample_model()[0].weight[1].eq(pretrained_row).all()
+    (vnet(torch.tensor([[1, 2]])).sum() + vnet.prior_loss()).backward()
+    assert not q.mu.grad[1].any()
+    assert not q.rho.grad[1].any()
+    assert q.rho.grad[2].all()
+    sigma, std = torch.log1p(q.rho.exp()), q.prior.std  # the KL is that of the other rows
+    terms = torch.log(std / sigma) + (sigma**2 + q.mu**2) / (2 * std**2) - 0.5
+    assert q.kl_divergence().item() == pytest.approx(terms[[0, 2, 3, 4]].sum().item(), rel=1e-5)
+
+
+def test_priors_know_which_weights_are_fixed() -> None:
+    whole, part = nn.Embedding(5, 3, padding_idx=0), nn.Embedding(4, 3)
+    part.weight.data = whole.weight.data[1:].clone()
+    tensor_std = torch.rand(5, 3) + 0.1
+    for prior, same in (
+        (varify.priors.Gaussian(std=tensor_std), varify.priors.Gaussian(std=tensor_std[1:])),
+        (torch.distributions.Laplace(0.0, tensor_std), torch.distributions.Laplace(0.0, tensor_std[1:])),
+        (varify.priors.Conjugate(0.0, 3.0, 0.5, 0.5), varify.priors.Conjugate(0.0, 3.0, 0.5, 0.5)),
+        (torch.distributions.StudentT(3.0, 0.0, tensor_std), torch.distributions.StudentT(3.0, 0.0, tensor_std[1:])),
+    ):
+        a = varify.variationalize(whole, prior=prior, init=varify.inits.Constant(0.3))
+        b = varify.variationalize(part, prior=same, init=varify.inits.Constant(0.3))
+        losses = []
+        for vnet in (a, b):
+            torch.manual_seed(0)
+            losses.append(vnet.prior_loss().item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- pruning
+
+
+def test_pruning_takes_the_lowest_signal_to_noise() -> None:
+    vnet = varify.variationalize(classifier(), init=varify.inits.Normal((0.0, 0.5), (-2.0, 1.0)))
+    ratios = torch.cat([(q.mu.abs() / torch.log1p(q.rho.exp())).flatten() for q in vnet.posteriors.values()]).detach()
+    assert varify.prune(vnet, 0.4) == pytest.approx(round(0.4 * 51) / 51)
+    lost = ratios.argsort()[: round(0.4 * 51)]
+    means = torch.cat([q.mu.flatten() for q in vnet.posteriors.values()])
+    assert set(means.eq(0).nonzero().flatten().tolist()) == set(lost.tolist())
+    assert varify.prune(vnet, 0.4) == pytest.approx(round(0.4 * 51) / 51)  # those before are included
+    limit = ratios.sort().values[30].item()
+    assert varify.prune(vnet, threshold=limit) == pytest.approx(30 / 51)
+
+
+def test_pruned_weights_stay_zero_through_training_and_in_checkpoints() -> None:
+    vnet = varify.variationalize(classifier())
+    x, y = data().tensors
+    optimizer = torch.optim.SGD(vnet.parameters(), lr=0.1, momentum=0.9)
+    for step in range(20):
+        if step == 10:  # the momentum has not forgotten them
+            varify.prune(vnet, 0.5)
+        loss = F.cross_entropy(vnet(x), y) + vnet.prior_loss() / 10
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    masks = {n: q.mu != q.mu if q.fixed is None else q.fixed == PRUNED for n, q in vnet.posteriors.items()}
+    other = varify.variationalize(classifier())
+    other.load_state_dict(vnet.state_dict())
+    for network in (
+        vnet.sample_model(),
+        vnet.mean_model(),
+        vnet.eval().module,
+        other.eval().module,
+        other.sample_model(),
+    ):
+        zeros = {name: p == 0 for name, p in network.named_parameters()}
+        assert sum(int(z.sum()) for z in zeros.values()) == sum(int(m.sum()) for m in masks.values()) == 26
+        assert all(torch.equal(zeros[name], masks[name]) for name in masks)
+    vnet.train()
+    optimizer.step()
+    assert not vnet.state_dict()["module.0.weight"][masks["0.weight"]].any()
+    assert not other.state_dict()["module.0.weight"][masks["0.weight"]].any()
+    assert copy.deepcopy(vnet).posteriors["0.weight"].fixed is not None
+
+
+def test_pruned_weights_cost_nothing_and_a_fresh_network_can_load_over_them() -> None:
+    vnet = varify.variationalize(classifier())
+    fresh = copy.deepcopy(vnet.state_dict())
+    varify.prune(vnet, 1.0)
+    assert vnet.prior_loss().item() == 0.0
+    vnet.load_state_dict(fresh)
+    assert vnet.posteriors["0.weight"].fixed is None
+
+
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_estimators_leave_pruned_weights_out(estimator: str) -> None:
+    vnet = varify.variationalize(nn.Linear(3, 2, bias=False), estimator=estimator, strict=True)
+    varify.prune(vnet, 1.0)
+    assert not vnet(torch.ones(4, 3)).any()
+
+
+def test_a_pruning_curve_leaves_the_network_alone() -> None:
+    vnet = varify.variationalize(classifier())
+    before = copy.deepcopy(vnet.state_dict())
+    curve = varify.pruning_curve(vnet, lambda v: sum(p.abs().sum().item() for p in v.module.parameters()), (0, 0.5, 1))
+    assert [share for share, _ in curve] == pytest.approx([0, 26 / 51, 1])
+    assert curve[0][1] > curve[1][1] > curve[2][1] == 0
+    assert all(torch.equal(v, before[k]) for k, v in vnet.state_dict().items() if isinstance(v, Tensor))
+
+
+def test_bad_pruning() -> None:
+    vnet = varify.variationalize(classifier())
+    for arguments, told in (
+        ({}, "either fraction or threshold"),
+        ({"fraction": 0.5, "threshold": 1.0}, "not both"),
+        ({"fraction": 1.5}, "fraction=1.5"),
+        ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"fraction": 0.5, "where": "conv*"}, "matches no parameter"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            varify.prune(vnet, **arguments)
+    assert not any(q.fixed is not None for q in vnet.posteriors.values())
+
+
+# --- description length
+
+
+def test_description_length_by_hand() -> None:
+    vnet = varify.variationalize(TiedLanguageModel())
+    tokens = torch.arange(10).reshape(5, 2)
+    targets = torch.arange(5)
+    criterion = lambda output, target: F.cross_entropy(output[:, 0], target)  # noqa: E731
+    torch.manual_seed(0)
+    found = varify.description_length(vnet, DataLoader(TensorDataset(tokens, targets), 2), criterion, n_samples=50)
+    assert set(found.weights) == set(vnet.posteriors)
+    for name, q in vnet.posteriors.items():
+        assert found.weights[name] == pytest.approx(q.kl_divergence().item() / math.log(2))
+    codes = []
+    for _ in range(400):
+        p = vnet.sample_model()(tokens)[:, 0].softmax(1)
+        codes.append(-sum(math.log2(p[i, i].item()) for i in range(5)))
+    codes = torch.tensor(codes)
+    error = codes.std().item() * (1 / 400 + 1 / 50) ** 0.5
+    assert abs(found.data - codes.mean().item()) < 5 * error  # false alarm: 1 run in 1.7 million
+    assert found.total == pytest.approx(sum(found.weights.values()) + found.data)
+    assert found.total_bytes == found.total / 8
+    assert found.num_data == 5
+    assert "all weights" in str(found)
+    assert str(found).splitlines()[-1].startswith("total")
+    for loader, n_samples, told in (([], 1, "the loader is empty"), ([(tokens, targets)], 0, "n_samples=0")):
+        with pytest.raises(ValueError, match=told):
+            varify.description_length(vnet, loader, criterion, n_samples=n_samples)
+
+
+def test_signal_to_noise_of_a_recurrent_network() -> None:
+    vnet = varify.variationalize(Recurrent(), init=varify.inits.Moped(0.25))
+    for q in vnet.posteriors.values():
+        assert q.snr.median().item() == pytest.approx(4.0, rel=1e-3)
