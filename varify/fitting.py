@@ -21,7 +21,7 @@ Weights = dict[str, Tensor]
 Squares = dict[str, Tensor]
 CURVATURES = ("fisher", "ggn")
 # Gradients of as many data at once as fit in this much memory.
-BYTES_AT_ONCE = 2**28
+BYTES_AT_ONCE = 2**26
 
 
 def fit_sigma(

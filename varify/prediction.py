@@ -207,7 +207,8 @@ def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
         middle = (low + high) / 2
         below = torch.special.ndtr((middle - mean) / std).mean(0) < q
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    quantile: Tensor = (low + high) / 2
+    return quantile
 
 
 def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -> Any:

@@ -87,6 +87,8 @@ def main() -> None:
         "plain": step_of(mlp(), device),
         PEER: step_of(PyVarInf(bayesian.to(device)), device),
         "varify": step_of(varify.variationalize(mlp()), device),
+        "varify, local": step_of(varify.variationalize(mlp(), estimator="local"), device),
+        "varify, flipout": step_of(varify.variationalize(mlp(), estimator="flipout"), device),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(options.repeats + 3):
