@@ -236,6 +236,54 @@ class Chunks(nn.Module):
         return torch.cat([self.fc(part) for part in self.split(x)])
 
 
+class TwoLayers(nn.Module):
+    """`decide(a, b, x)` chooses between two layers, or does something else that a recording could get wrong."""
+
+    def __init__(self, decide: Callable[[nn.Module, nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.decide = nn.Linear(3, 3), nn.Linear(3, 3), decide
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decide(self.a, self.b, x)
+
+
+def swallow(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return a(x) if a(x).sum() > -1e9 else b(x)
+    except Exception:
+        return b(x)
+
+
+def write_into_view(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    y = a(x)
+    row = y[0]
+    row += b(x)[1]
+    alias = y
+    alias *= 2
+    return y
+
+
+def own_generator(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    return a(x) + torch.randn(3, generator=torch.Generator().manual_seed(3))
+
+
+HAZARDS: dict[str, Callable[[nn.Module, nn.Module, Tensor], Tensor]] = {
+    "type()": lambda a, b, x: a(x) if type(b(x)) is Tensor else b(x),
+    "identity": lambda a, b, x: a(x) if x.dtype is torch.float32 else b(x),
+    "id()": lambda a, b, x: a(x) if id(x) == id(x) and id(a.weight) != id(b.weight) else b(x),
+    "equal dtypes": lambda a, b, x: a(x) if x.dtype == torch.float32 else b(x),
+    "dtype in a set": lambda a, b, x: a(x) if b(x).dtype in {torch.float32} else b(x),
+    "size in a set": lambda a, b, x: a(x) if x.shape[0] in {4, 5} else b(x),
+    "dict lookup": lambda a, b, x: {4: a, 5: b}.get(x.shape[0], nn.Identity())(x),
+    "hasattr": lambda a, b, x: a(x) if hasattr(x, "no_such_thing") else b(x),
+    "requires_grad": lambda a, b, x: a(x) if x.requires_grad == True else b(x),  # noqa: E712
+    "printed": lambda a, b, x: a(x) if f"{x.shape[0]}" == "4" else b(x),
+    "swallowed": swallow,
+    "in place": write_into_view,
+    "generator": own_generator,
+}
+
+
 def collide() -> nn.Module:
     net = nn.Sequential(OrderedDict(conv=nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), conv_1=nn.Linear(3, 3)))
     net.register_parameter("conv_1_weight", nn.Parameter(torch.zeros(2)))
@@ -273,6 +321,10 @@ def _with(call: Any, **kwargs: Any) -> Any:
 
 
 CASES = {
+    **{
+        name: Case(lambda decide=decide: TwoLayers(decide), [_x(4, 3), _x(5, 3)], False)
+        for name, decide in HAZARDS.items()
+    },
     "mlp": Case(lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2, bias=False)), [_x(4, 3), _x(3)]),
     "bare linear": Case(lambda: nn.Linear(3, 2), [_x(4, 3)]),
     "cnn": Case(ConvNet, [_x(4, 1, 8, 8)]),

@@ -9,7 +9,19 @@ PACKAGE = Path(varify.__file__).parent
 # From the bottom up. A file may import what stands before it.
 ORDER = [
     *("errors", "divergence", "posteriors", "priors", "inits", "estimators", "likelihoods", "schedules"),
-    *("trees", "prediction", "draws", "summary", "copies", "calls", "tracing", "rewriting", "selection", "programs"),
+    *(
+        "trees",
+        "prediction",
+        "draws",
+        "summary",
+        "copies",
+        "calls",
+        "hazards",
+        "tracing",
+        "rewriting",
+        "selection",
+        "programs",
+    ),
     *("module", "variationalize", "objective", "fitting", "pruning", "description"),
 ]
 TENSORS_ALONE = (

@@ -92,6 +92,12 @@ def mode_of(modules: Sequence[nn.Module]) -> tuple[int, ...]:
     return tuple(module.training + 2 * has_hooks(module) for module in modules)
 
 
+def autocast_state() -> tuple[Any, ...]:
+    """What autocast does at the moment: the dtypes of intermediate values depend on it."""
+    kinds = ("cpu", "cuda")
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs anybody's hook besides its forward."""
     return bool(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from varify.calls import Unkeyable, mode_of, take_apart
+from varify.calls import Unkeyable, autocast_state, mode_of, take_apart
 from varify.rewriting import Program, rewrite
 from varify.selection import Site
 from varify.tracing import opaque_trace, trace
@@ -43,7 +43,8 @@ class Programs:
             layout, tensors = take_apart(args, kwargs)
         except Unkeyable as error:
             return self._for_any_call(str(error), args, kwargs, wanted, strict)
-        key = (layout.key, mode_of(self._modules), bool(nn.modules.module._has_any_global_hook()), bool(wanted))
+        hooked = bool(nn.modules.module._has_any_global_hook())
+        key = (layout.key, mode_of(self._modules), hooked, autocast_state(), bool(wanted))
         shaped = (key, tuple(t.shape for t in tensors))
         program = self.made.get(key) or self.made.get(shaped)
         if program is None and len(self.made) >= MOST_PROGRAMS:

@@ -5,6 +5,7 @@ random) is treated as what it can't see at all: the innermost module around it b
 user's own code.
 """
 
+import operator
 import random
 import sys
 import threading
@@ -24,11 +25,17 @@ from torch.utils import _pytree as pytree
 
 from varify.calls import CONSTANTS, Layout, Slot, has_hooks
 from varify.copies import weightless_copy
+from varify.hazards import watched
 
 # torch.fx patches nn.Module while it traces, so one trace at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
 # While weights are swapped in, another thread would see them.
 _SWAPPED = threading.RLock()
+# Attributes that are not the same at every call of a program.
+_OF_THE_MOMENT = frozenset(
+    {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "_version"}
+    | {"layout", "data_ptr", "item", "tolist", "numpy", "storage", "untyped_storage", "is_contiguous", "stride"}
+)
 # Where a question about a traced value's type is fx's own and not the network's.
 _TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "varify.tracing")
 # Always opaque: their settings (p, inplace) are then read at every call and not when the program was made.
@@ -120,7 +127,7 @@ class _Root(nn.Module):
     def forward(self, *tensors: Any) -> Any:
         args, kwargs = self.layout.rebuild(tensors)
         before = _random_states()
-        with _Recorder(self.tracer):
+        with _Recorder(self.tracer), watched(self.tracer.on_hazard):
             output = self.module(*args, **kwargs)
         if _random_states() != before:
             raise TraceError("its forward draws random numbers that torch.fx can't see")
@@ -157,8 +164,32 @@ class _Traced(fx.Proxy):
         _refuse_outside_fx("it was printed")
         return format(fx.Proxy.__repr__(self), spec)
 
-    def __getattr__(self, name: str) -> "_TracedAttribute":
+    def __hash__(self) -> int:
+        _refuse_outside_fx("it was looked up in a set or dict")
+        return object.__hash__(self)
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.node.meta["value"]
+        if name == "dtype" and isinstance(value, Tensor):
+            return value.dtype  # the key of a program has the dtypes of the call's tensors, and autocast
+        if name in _OF_THE_MOMENT:
+            _refuse_outside_fx(f"its {name} was asked for")
+        elif not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         return _TracedAttribute(self, name)
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    """`x += y` writes into x, and into what x is a view of; without this method Python would take `x = x + y`."""
+
+    def method(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Traced, f"__{_name}__", _in_place(_name))
 
 
 class _TracedAttribute(_Traced, Attribute):
@@ -166,6 +197,9 @@ class _TracedAttribute(_Traced, Attribute):
 
     def __init__(self, root: fx.Proxy, attr: str) -> None:
         Attribute.__init__(self, root, attr)
+
+    def __getattr__(self, name: str) -> Any:
+        return _TracedAttribute(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
@@ -261,6 +295,7 @@ class _Tracer(fx.Tracer):
         self.needs_shapes = self.sets_attributes = False
         self.values: list[Tensor] = []
         self.asleep = False  # running on weightless values, recording nothing
+        self._hazards: list[str] = []
         self._thread = threading.get_ident()
         self._attributes: dict[str, fx.Proxy] = {}
         self._created: list[fx.Node] = []
@@ -293,10 +328,12 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         why = self._opaque_from_the_start(m)
         if why is None:
-            snapshot, mark = _Snapshot.of(m), len(self._created)
+            snapshot, mark, hazards = _Snapshot.of(m), len(self._created), len(self._hazards)
             opaque_before, needs_shapes_before = self.opaque.copy(), self.needs_shapes
             try:
                 output = forward(*args, **kwargs)
+                if len(self._hazards) > hazards:
+                    raise TraceError(self._hazards[hazards])
                 if snapshot.changed():
                     raise TraceError("its forward sets attributes")
                 if m is self.root.module:
@@ -306,6 +343,7 @@ class _Tracer(fx.Tracer):
                 why = _reason(error)
             self.sets_attributes |= snapshot.changed()
             self._roll_back(mark)
+            del self._hazards[hazards:]
             snapshot.restore()
             self.opaque, self.needs_shapes = opaque_before, needs_shapes_before
         return self._call_opaque(m, forward, args, kwargs, why)
@@ -340,6 +378,11 @@ class _Tracer(fx.Tracer):
         if isinstance(a, torch.device) and a.type == "meta":
             raise TraceError("it asks a parameter for its device")
         return super().create_arg(a)
+
+    def on_hazard(self, what: str) -> None:
+        """A function was entered that could decide something unseen."""
+        if not self.asleep:
+            self._hazards.append(what)
 
     # --- how it goes about it
 
@@ -404,6 +447,8 @@ class _Tracer(fx.Tracer):
         if kind == "placeholder":
             return self.values[sum(node.op == "placeholder" for node in self._created) - 1]
         if kind == "get_attr":
+            if not target.startswith("module"):  # something fx has put aside, which the live network does not have
+                raise TraceError("it uses an object that no graph can hold, such as a generator")
             value: Any = self.root
             for atom in target.split("."):
                 value = getattr(value, atom) if not isinstance(value, nn.Module) else _attribute_of(value, atom)
