@@ -60,6 +60,10 @@ def test_nothing_chosen() -> None:
         ("fc9*", r"where='fc9\*' matches no parameter that can be variational; this model has 0.weight \(not chosen\)"),
         (lambda name, parameter, owner: False, "matches no parameter"),
         ([], "matches no parameter"),
+        (3, "where=3: a glob on parameter names"),
+        (network[0], "a glob on parameter names"),
+        (["0.*", "nope"], "where='nope' matches no parameter; there are 0.weight"),
+        ("0", r"for the layer, write '0.\*'"),
     ):
         with pytest.raises(varify.SelectionError, match=told):
             varify.variationalize(network, where=where)

@@ -446,3 +446,57 @@ def test_on_a_gpu() -> None:
         first = vnet(x().cuda())
         torch.manual_seed(0)
         assert torch.equal(vnet(x().cuda()), first)
+
+
+def test_attributes_that_change_between_calls_are_live() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.t, self.options, self.schedule = nn.Linear(3, 2), 1.0, {"scale": 2.0}, [1.0]
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.fc(inputs) / self.t * self.options["scale"] + self.schedule[0]
+
+    vnet = varify.variationalize(Tempered())
+    with vnet.fixed_draw():
+        for change in (
+            lambda m: None,
+            lambda m: setattr(m, "t", 100.0),
+            lambda m: m.options.update(scale=5.0),
+            lambda m: m.schedule.__setitem__(0, -3.0),
+            lambda m: setattr(m.fc, "forward", lambda inputs: inputs[:, :2]),
+        ):
+            change(vnet.module)
+            torch.testing.assert_close(vnet(x()), vnet.sample_model()(x()))
+
+
+def test_state_kept_outside_modules_is_not_frozen() -> None:
+    import collections
+    import random
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.queue = nn.Linear(3, 2), collections.deque(maxlen=3)
+            self.random = random.Random(0)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.queue.append(len(self.queue))
+            return self.fc(inputs) * (1 if self.random.random() < 0.5 else 2)
+
+    vnet = varify.variationalize(Remembers())
+    with vnet.fixed_draw():
+        outputs = {float(vnet(x())[0, 0].detach()) for _ in range(10)}
+    assert len(outputs) == 2
+    assert list(vnet.module.queue) == [3, 3, 3]
+
+
+def test_parts_that_are_torchscript_or_have_sparse_gradients_stay_deterministic() -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        scripted = torch.jit.script(nn.Linear(3, 3))
+    vnet = varify.variationalize(nn.Sequential(nn.Linear(3, 3), scripted))
+    assert list(vnet.posteriors) == ["0.weight", "0.bias"]
+    vnet(x()).sum().backward()
+    words = varify.variationalize(nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)))
+    assert "sparse gradients" in str(words.summary())
+    words(torch.tensor([1, 2])).sum().backward()

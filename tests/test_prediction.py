@@ -76,6 +76,10 @@ def test_bad_questions() -> None:
             prediction.interval(level)
     with pytest.raises(ValueError, match=r"q=1.5"):
         prediction.quantile(1.5)
+    for samples in (torch.zeros(5, 4, 1), torch.zeros(5)):
+        with pytest.raises(ValueError, match="for one logit of two classes say outputs='binary_logits'"):
+            Prediction(samples).entropy()
+    assert repr(prediction) == "Prediction(2 samples of shape (1, 2), outputs='logits')"
     with pytest.raises(ValueError, match="outputs='logit'"):
         Prediction(TWO, "logit")
 

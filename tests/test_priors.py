@@ -276,7 +276,18 @@ def test_every_prior_travels_in_the_state_dict(prior: priors.Prior) -> None:
     assert other.double().prior_loss().dtype == torch.float64
 
 
+def test_a_name_can_not_be_taken_from_a_built_in_prior() -> None:
+    with pytest.raises(varify.PriorError, match="the name 'gaussian' is taken by Gaussian"):
+
+        @varify.priors.register("gaussian")
+        class Other(varify.priors.Prior):
+            pass
+
+    assert priors.KINDS["gaussian"] is priors.Gaussian
+
+
 BAD = [
+    ({"prior": priors.Gaussian}, r"is a class: pass an instance, Gaussian\("),
     ({"prior": "gauss"}, "unknown prior 'gauss'"),
     ({"prior": 3}, "a name"),
     ({"prior": "mixtgauss", "sigma_1": 1.0, "sigma_2": 0.1}, "missing a required argument: 'pi'"),

@@ -87,9 +87,42 @@ def take_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Layout
     return Layout(spec, tuple(slots), tuple((t.dtype, t.dim()) for t in tensors)), tensors
 
 
-def mode_of(modules: Sequence[nn.Module]) -> tuple[int, ...]:
-    """Training flags and presence of hooks: tracing bakes them in, so they belong to the key as well."""
-    return tuple(module.training + 2 * has_hooks(module) for module in modules)
+def mode_of(modules: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Training flags, presence of hooks, a forward of an instance's own: what tracing bakes in is in the key."""
+    return tuple([(module.training, has_hooks(module), vars(module).get("forward")) for module in modules])
+
+
+PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, Enum)
+
+
+class Attributes:
+    """The plain values that modules hold, in attributes and in containers there: tracing bakes them in too."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._plain: list[tuple[dict[str, Any], str]] = []
+        self._containers: list[tuple[dict[str, Any], str]] = []
+        for module in modules:
+            own = vars(module)
+            for name, value in own.items():
+                if name.startswith("_") and name in _OF_MODULE:
+                    continue
+                if isinstance(value, PLAIN) and name != "training":
+                    self._plain.append((own, name))
+                elif isinstance(value, (list, tuple, dict, set)):
+                    self._containers.append((own, name))
+
+    def key(self) -> tuple[Any, ...]:
+        """Hashable: their values now. Of a container those elements that are plain."""
+        plain = tuple([own.get(name) for own, name in self._plain])
+        return plain, tuple([_plain_in(own.get(name)) for own, name in self._containers])
+
+
+_OF_MODULE = frozenset(vars(nn.Module()))
+
+
+def _plain_in(container: Any) -> Any:
+    items = container.items() if isinstance(container, dict) else enumerate(container or ())
+    return tuple((str(k), type(v), v) for k, v in items if isinstance(v, PLAIN))
 
 
 def autocast_state() -> tuple[Any, ...]:

@@ -30,6 +30,8 @@ def hazard(code: CodeType) -> str | None:
             return f"{code.co_name} asks {instruction.argval}()"
         if name == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and before.argval is None):
             return f"{code.co_name} compares by identity"
+        if name == "STORE_GLOBAL" or (name == "STORE_DEREF" and instruction.argval in code.co_freevars):
+            return f"{code.co_name} sets {instruction.argval}, which is not its own"
         before = instruction
     return None
 

@@ -21,6 +21,7 @@ from varify.programs import Programs
 from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
+from varify.tracing import SWAPPED
 from varify.trees import Tree
 
 
@@ -72,10 +73,11 @@ class VariationalModule(nn.Module):
         return Posteriors(self._posteriors(), aliases(self.module))
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
-        return {
-            name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name), self.fixed.get(name))
-            for name, site in self._live_programs().sites.items()
-        }
+        with SWAPPED:
+            return {
+                name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name), self.fixed.get(name))
+                for name, site in self._live_programs().sites.items()
+            }
 
     def _live_programs(self) -> Programs:
         if self._programs is None or not self._programs.fits(self.module):
@@ -252,13 +254,15 @@ class VariationalModule(nn.Module):
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
         self._hold_pruned()
-        return copy_network(self.module)
+        with SWAPPED:
+            return copy_network(self.module)
 
     @torch.no_grad()
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""
         theta = draw(self._posteriors(), self._noise)
-        sample = copy_network(self.module)
+        with SWAPPED:
+            sample = copy_network(self.module)
         for name, site in sites(sample).items():
             if name in theta:
                 site.parameter.copy_(theta[name])

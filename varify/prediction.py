@@ -57,6 +57,11 @@ class Prediction:
         if self.outputs not in OUTPUTS:
             raise ValueError(f"outputs={self.outputs!r}: one of {', '.join(OUTPUTS)} is needed")
 
+    def __repr__(self) -> str:
+        return (
+            f"Prediction({self.n_samples} samples of shape {tuple(self.samples.shape[1:])}, outputs={self.outputs!r})"
+        )
+
     @property
     def n_samples(self) -> int:
         """Number of draws."""
@@ -140,6 +145,14 @@ class Prediction:
         return samples if self.outputs == "probabilities" else samples.softmax(-1)
 
     def _class_dim(self) -> int:
+        if (
+            self.samples.dim() < 2
+            or self.samples.shape[self.class_dim if self.class_dim < 0 else self.class_dim + 1] < 2
+        ):
+            raise ValueError(
+                f"outputs of shape {tuple(self.samples.shape[1:])} have no two classes in dimension {self.class_dim}; "
+                "for one logit of two classes say outputs='binary_logits'"
+            )
         return self.class_dim if self.class_dim < 0 else self.class_dim + 1
 
     def probabilities(self) -> Tensor:

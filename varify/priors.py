@@ -35,9 +35,15 @@ def register(kind: str) -> Callable[[P], P]:
         def log_prob(self, w):                  # the log density of the whole tensor, scalar ()
             return torch.distributions.Cauchy(0.0, self.scale).log_prob(w).sum()
     ```
+
+    Raises:
+        PriorError: the name is that of another class.
     """
 
     def decorate(prior_type: P) -> P:
+        former = KINDS.get(kind)
+        if former is not None and former.__qualname__ != prior_type.__qualname__:
+            raise PriorError(f"the name {kind!r} is taken by {former.__qualname__}; choose another")
         prior_type.kind = kind
         KINDS[kind] = prior_type
         return prior_type
@@ -57,6 +63,8 @@ def make(kind: Any, **hyperparameters: Any) -> "Prior":
         if hyperparameters:
             raise PriorError(f"{kind!r} has its hyper-parameters already; {listed(hyperparameters)} can't be added")
         return kind
+    if isinstance(kind, type) and issubclass(kind, Prior):
+        raise PriorError(f"prior={kind.__name__} is a class: pass an instance, {kind.__name__}(...)")
     if not isinstance(kind, str):
         raise PriorError(
             f"prior={kind!r}: a name ({listed(KINDS, 9)}), a varify.priors.Prior or a "

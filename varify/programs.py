@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from varify.calls import Unkeyable, autocast_state, mode_of, take_apart
+from varify.calls import Attributes, Layout, Unkeyable, autocast_state, mode_of, take_apart
+from varify.errors import EstimatorError
 from varify.rewriting import Program, rewrite
 from varify.selection import Site
 from varify.tracing import opaque_trace, trace
@@ -23,6 +24,7 @@ class Programs:
         self.made: dict[Any, Program] = {}
         self._network = network
         self._modules = tuple(network.modules())
+        self._attributes = Attributes(self._modules)
 
     def fits(self, network: nn.Module) -> bool:
         """Whether `network` still has the modules these were made for."""
@@ -44,15 +46,25 @@ class Programs:
         except Unkeyable as error:
             return self._for_any_call(str(error), args, kwargs, wanted, strict)
         hooked = bool(nn.modules.module._has_any_global_hook())
-        key = (layout.key, mode_of(self._modules), hooked, autocast_state(), bool(wanted))
+        state = (mode_of(self._modules), self._attributes.key(), hooked, autocast_state())
+        key = (layout.key, state, bool(wanted))
         shaped = (key, tuple(t.shape for t in tensors))
         program = self.made.get(key) or self.made.get(shaped)
         if program is None and len(self.made) >= MOST_PROGRAMS:
             return self._for_any_call(f"more than {MOST_PROGRAMS} kinds of calls", args, kwargs, wanted, strict)
         if program is None:
-            program = rewrite(trace(self._network, layout, tensors, self.sites), self.sites, wanted, strict)
+            program = self._make(layout, tensors, wanted, strict)
             self.made[shaped if program.needs_shapes else key] = program
         return program, tensors
+
+    def _make(self, layout: Layout, tensors: list[Any], wanted: Mapping[str, str], strict: bool) -> Program:
+        try:
+            return rewrite(trace(self._network, layout, tensors, self.sites), self.sites, wanted, strict)
+        except EstimatorError:
+            raise
+        except Exception as error:  # a graph that can be recorded but not written down
+            why = f"{type(error).__name__}: {error}"
+            return rewrite(opaque_trace(layout, self.sites, why), self.sites, wanted, strict)
 
     def _for_any_call(
         self, why: str, args: Any, kwargs: Any, wanted: Mapping[str, str], strict: bool

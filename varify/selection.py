@@ -90,10 +90,18 @@ def matching(names: Iterable[str], where: str | Sequence[str]) -> list[str]:
         SelectionError: there is none.
     """
     names = list(names)
+    for glob in [where] if isinstance(where, str) else where:
+        if not any(matches(name, glob) for name in names):
+            raise SelectionError(f"where={glob!r} matches no parameter; there are {listed(names)}{_meant(glob, names)}")
     matched = [name for name in names if matches(name, where)]
     if not matched:
         raise SelectionError(f"where={where!r} matches no parameter; there are {listed(names)}")
     return matched
+
+
+def _meant(glob: Any, names: Iterable[str]) -> str:
+    """A hint for somebody who wrote a layer's name."""
+    return f"; for the layer, write {glob + '.*'!r}" if any(n.startswith(f"{glob}.") for n in names) else ""
 
 
 def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str, str]]:
@@ -105,9 +113,10 @@ def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str,
     chosen: dict[str, Site] = {}
     skipped: dict[str, str] = {}
     everything = sites(network)
+    _check_where(where, everything)
     inside = {id(p) for m in network.modules() if getattr(m, "runs_opaque", False) for p in m.parameters()}
     for name, site in everything.items():
-        why_not = "variational already" if id(site.parameter) in inside else _impossible(site.parameter)
+        why_not = "variational already" if id(site.parameter) in inside else _impossible(site)
         if why_not is None:
             why_not = _default_exclusion(site) if where is None else _not_asked_for(site, where)
         if why_not is None:
@@ -117,6 +126,16 @@ def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str,
     if not chosen:
         raise SelectionError(_nothing_chosen(where, skipped))
     return chosen, skipped
+
+
+def _check_where(where: Any, names: Iterable[str]) -> None:
+    if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, nn.Module)):
+        return
+    if not isinstance(where, (list, tuple, set)) or not all(isinstance(glob, str) for glob in where):
+        needed = "a glob on parameter names, several, or a predicate (name, parameter, owner_module) is needed"
+        raise SelectionError(f"where={where!r}: {needed}")
+    if where:
+        matching(names, list(where))
 
 
 def padding_rows(chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
@@ -129,7 +148,12 @@ def padding_rows(chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
     return masks
 
 
-def _impossible(parameter: nn.Parameter) -> str | None:
+def _impossible(site: Site) -> str | None:
+    parameter = site.parameter
+    if isinstance(site.owner, torch.jit.ScriptModule):
+        return "TorchScript"
+    if getattr(site.owner, "sparse", False) is True:
+        return "sparse gradients"
     if parameter.is_meta:
         return "on the meta device"
     if parameter.layout is not torch.strided:
@@ -167,7 +191,8 @@ def _nothing_chosen(where: Where, skipped: dict[str, str]) -> str:
     told = listed(f"{name} ({why})" for name, why in skipped.items())
     if where is None:
         return f"no parameter can be made variational by default; say where=... to choose from {told}"
-    return f"where={where!r} matches no parameter that can be variational; this model has {told}"
+    hint = _meant(where, skipped) if isinstance(where, str) else ""
+    return f"where={where!r} matches no parameter that can be variational; this model has {told}{hint}"
 
 
 def check_model(model: Any) -> None:

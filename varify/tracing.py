@@ -9,10 +9,11 @@ import operator
 import random
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ from varify.hazards import watched
 
 # torch.fx patches nn.Module while it traces, so one trace at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
-# While weights are swapped in, another thread would see them.
-_SWAPPED = threading.RLock()
+# While weights are swapped in, another thread would see them: whoever reads a network's parameters takes this.
+SWAPPED = threading.RLock()
+# What draws random numbers that no graph holds.
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # Attributes that are not the same at every call of a program.
 _OF_THE_MOMENT = frozenset(
     {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "_version"}
@@ -102,7 +105,7 @@ def opaque_trace(layout: Layout | None, chosen: Mapping[str, Any], why: str) -> 
 
 def run_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call `module` with `weights` (by name within it) in the place of its parameters; as it was afterwards."""
-    with _SWAPPED:
+    with SWAPPED:
         try:
             return functional_call(module, weights, args, kwargs)
         finally:
@@ -255,7 +258,8 @@ class _Snapshot:
         states = []
         for part in module.modules():
             own = vars(part)
-            containers = [(v, v.copy()) for v in own.values() if isinstance(v, (dict, list, set))]
+            inside = [vars(v) if _is_helper(v) else v for v in own.values()]
+            containers = [(v, v.copy()) for v in inside if isinstance(v, (dict, list, set, deque))]
             states.append((own, own.copy(), containers))
         return cls(states)
 
@@ -271,7 +275,12 @@ class _Snapshot:
             own.update(before)
             for now, then in containers:
                 now.clear()
-                now.extend(then) if isinstance(now, list) else now.update(then)
+                now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
+
+
+def _is_helper(value: Any) -> bool:
+    """An object of the user's own, such as a schedule, whose attributes may change."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, FunctionType, MethodType))
 
 
 def _same(now: Any, then: Any) -> bool:
@@ -280,7 +289,7 @@ def _same(now: Any, then: Any) -> bool:
         return False
     if isinstance(now, dict):
         return all(key in then and then[key] is value for key, value in now.items())
-    if isinstance(now, list):
+    if isinstance(now, (list, deque)):
         return all(a is b for a, b in zip(now, then, strict=True))
     return bool(now == then)
 
@@ -396,8 +405,12 @@ class _Tracer(fx.Tracer):
             return f"{type(module).__name__} is run as it is"
         if getattr(module, "runs_opaque", False):
             return "it is variational itself"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is TorchScript"
         if has_hooks(module):
             return "it has hooks"
+        if any(isinstance(value, _GENERATORS) for value in vars(module).values()):
+            return "it keeps a random generator"
         if nn.modules.module._has_any_global_hook():
             return "hooks are registered for all modules"
         return None

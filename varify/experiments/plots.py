@@ -15,6 +15,8 @@ def picture(evaluations: dict[str, Evaluation]) -> bytes:
     """A PNG."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     reliability, *histograms = figure.subplots(1, 1 + len(evaluations))
+    for axes in histograms[1:]:
+        axes.sharey(histograms[0])
     reliability.plot([0, 1], [0, 1], ":", color="grey", label="calibrated")
     for name, evaluation in evaluations.items():
         confidence, predicted = evaluation.probabilities.max(1)
@@ -22,7 +24,7 @@ def picture(evaluations: dict[str, Evaluation]) -> bytes:
         label = f"{name}, ECE {evaluation.metrics['ece']:.4f}"
         reliability.plot(mean, hit, "o-", color=COLOURS[name], label=label)
     reliability.set(title="Reliability", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    reliability.legend(loc="upper left")
+    reliability.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize="small")
     top = max(float(np.log(e.probabilities.shape[1])) for e in evaluations.values())
     for axes, (name, evaluation) in zip(histograms, evaluations.items(), strict=True):
         for values, label, colour in (

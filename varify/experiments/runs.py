@@ -62,7 +62,8 @@ class Run:
         except OSError as error:
             raise RunError(f"{path} can't be read: {error.strerror or error}") from error
         except Exception as error:  # torch and pickle raise all sorts on bytes that are none of theirs
-            raise RunError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+            text = str(error).splitlines()
+            raise RunError(f"{path} is damaged ({type(error).__name__}{': ' + text[0] if text else ''})") from error
         state["random"] = state["random"].cpu()
         return state
 

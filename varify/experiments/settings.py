@@ -1,5 +1,6 @@
 """What an experiment is: its settings, and the prior as the command line writes it."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,9 +48,9 @@ class Settings:
             if getattr(self, name) not in known:
                 raise SettingsError(f"{name} {getattr(self, name)!r} is unknown; there are {', '.join(known)}")
         for name in ("epochs", "batch_size", "n_samples", "lr", "rho_lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name.replace('_', '-')} must be greater than 0, not {getattr(self, name)}")
-        if not self.beta >= 0:
+        if not 0 <= self.beta < math.inf:
             raise SettingsError(f"beta must be at least 0, not {self.beta}")
         self.make_prior()
 
