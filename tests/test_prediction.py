@@ -1,5 +1,6 @@
 """Every measure of a prediction against a small case by hand, and its shapes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -118,6 +119,32 @@ def test_structured_outputs_are_predicted_leaf_by_leaf() -> None:
     assert predicted["extra"][0].mean.shape == (4, 2)
     assert predicted["extra"][1:] == (None, "a name")
     assert predicted["n"] == 3
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    name: str
+    hidden: tuple[Tensor, ...] = ()
+
+
+def test_a_dataclass_is_predicted_field_by_field() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Output:
+            y = self.fc(x)
+            return Output(y, "a", (y.exp(),))
+
+    vnet = varify.variationalize(Named())
+    for vectorize in (True, False):
+        predicted = vnet.predict(torch.ones(4, 3), n_samples=5, vectorize=vectorize)
+        assert isinstance(predicted, Output)
+        assert predicted.logits.samples.shape == predicted.hidden[0].samples.shape == (5, 4, 2)
+        assert predicted.logits.std.min() > 0
+        assert predicted.name == "a"
 
 
 def test_a_bayesian_head_alone() -> None:

@@ -12,10 +12,10 @@ ORDER = [
     *(
         "trees",
         "prediction",
+        "calls",
         "draws",
         "summary",
         "copies",
-        "calls",
         "hazards",
         "tracing",
         "rewriting",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from varify.calls import CONSTANTS
+
 Theta = dict[str, Any]
 # Weights of as many draws at once as fit in this much memory; activations come on top.
 BYTES_AT_ONCE = 2**28
@@ -92,6 +94,8 @@ def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
 
     def tensors(theta: Theta) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(run(theta))
+        if not all(isinstance(leaf, (Tensor, *CONSTANTS)) for leaf in leaves):
+            raise TypeError("the output holds an object that may hold tensors in turn")
         template[:] = [[_Place if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 

@@ -1,7 +1,7 @@
 """What many draws of a network say together: means, spreads, and where the uncertainty comes from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -231,11 +231,22 @@ def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -
     """
     leaves, spec = pytree.tree_flatten(draws[0])
     rows = [leaves, *(pytree.tree_leaves(draw) for draw in draws[1:])]
-    gathered = [
-        Prediction(torch.stack(column), outputs, class_dim) if isinstance(column[0], Tensor) else column[0]
-        for column in zip(*rows, strict=True)
-    ]
+    gathered = [_gather_leaf(column, outputs, class_dim) for column in zip(*rows, strict=True)]
     return pytree.tree_unflatten(gathered, spec)
+
+
+def _gather_leaf(column: Sequence[Any], outputs: str, class_dim: int) -> Any:
+    first = column[0]
+    if isinstance(first, Tensor):
+        return Prediction(torch.stack(list(column)), outputs, class_dim)
+    if is_dataclass(first) and not isinstance(first, type):
+        parts = {
+            f.name: gather([getattr(one, f.name) for one in column], outputs, class_dim)
+            for f in fields(first)
+            if f.init
+        }
+        return replace(first, **parts)
+    return first
 
 
 def _entropy(p: Tensor) -> Tensor:
