@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -500,3 +501,49 @@ def test_parts_that_are_torchscript_or_have_sparse_gradients_stay_deterministic(
     words = varify.variationalize(nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)))
     assert "sparse gradients" in str(words.summary())
     words(torch.tensor([1, 2])).sum().backward()
+
+
+def test_rho_of_tiny_and_large_sigmas() -> None:
+    from varify.posteriors import softplus_inverse
+
+    for sigma in (1e-30, 1e-10, 1e-3, 1.0, 30.0, 200.0):
+        rho = softplus_inverse(torch.tensor(sigma))
+        expected = math.log(math.expm1(sigma)) if sigma < 30 else sigma
+        assert rho.item() == pytest.approx(expected, rel=1e-6)
+        assert F.softplus(rho).item() == pytest.approx(sigma, rel=1e-5)
+
+
+def test_contexts_nest() -> None:
+    vnet = mlp().eval()
+    with vnet.sampling():
+        with vnet.sampling():
+            pass
+        assert not torch.equal(vnet(x()), vnet(x()))
+        with vnet.fixed_draw():
+            first = vnet(x())
+            with vnet.fixed_draw():
+                assert not torch.equal(vnet(x()), first)
+            assert torch.equal(vnet(x()), first)
+
+
+def test_every_parameter_has_a_prior_of_its_own() -> None:
+    shared = varify.priors.Gaussian(mean=torch.zeros(1), std=1.0)
+    vnet = mlp(prior={"0.*": shared})
+    shared.mean.fill_(7.0)
+    vnet.posteriors["0.bias"].prior.mean.fill_(3.0)
+    assert vnet.posteriors["0.weight"].prior is not vnet.posteriors["0.bias"].prior
+    assert not shared.mean.eq(3.0).any()
+
+
+def test_one_tensor_given_twice_is_one_tensor() -> None:
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.fc(first) if first is second else 2 * self.fc(second)
+
+    vnet, inputs = varify.variationalize(Same()), x()
+    with vnet.fixed_draw():
+        torch.testing.assert_close(2 * vnet(inputs, inputs), vnet(inputs, inputs.clone()))

@@ -8,7 +8,7 @@ import varify
 PACKAGE = Path(varify.__file__).parent
 # From the bottom up. A file may import what stands before it.
 ORDER = [
-    *("errors", "divergence", "posteriors", "priors", "inits", "estimators", "likelihoods", "schedules"),
+    *("errors", "divergence", "posteriors", "priors", "factorised", "inits", "estimators", "likelihoods", "schedules"),
     *(
         "trees",
         "prediction",
@@ -17,6 +17,9 @@ ORDER = [
         "summary",
         "copies",
         "hazards",
+        "snapshots",
+        "swapping",
+        "traced",
         "tracing",
         "rewriting",
         "selection",

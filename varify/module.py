@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify import priors
+from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.copies import copy_network, weightless_copy
 from varify.draws import many
 from varify.errors import PriorError, StructureError, listed
@@ -21,7 +21,7 @@ from varify.programs import Programs
 from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
-from varify.tracing import SWAPPED
+from varify.swapping import SWAPPED
 from varify.trees import Tree
 
 

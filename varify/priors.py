@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, distributions, nn
 
-from varify.divergence import estimated_kl, register_kl
+from varify.divergence import register_kl
 from varify.errors import PriorError, listed
 from varify.posteriors import GaussianPosterior
 
@@ -58,7 +58,8 @@ def make(kind: Any, **hyperparameters: Any) -> "Prior":
         PriorError: the name or a hyper-parameter is unknown, one is missing, or it has a value that can't be.
     """
     if isinstance(kind, distributions.Distribution):
-        return Factorised(kind, **hyperparameters)
+        wrap: Callable[..., Prior] = KINDS["distribution"]
+        return wrap(kind, **hyperparameters)
     if isinstance(kind, Prior):
         if hyperparameters:
             raise PriorError(f"{kind!r} has its hyper-parameters already; {listed(hyperparameters)} can't be added")
@@ -117,7 +118,7 @@ class Prior(nn.Module):
             PriorError: a tensor hyper-parameter doesn't fit the shape of `w`.
         """
         for name, value in self.named_buffers():
-            if not _broadcasts(value.shape, w.shape):
+            if not broadcasts(value.shape, w.shape):
                 raise PriorError(f"{name} has shape {tuple(value.shape)}; the parameter has {tuple(w.shape)}")
         return copy.deepcopy(self).to(w.device)
 
@@ -174,7 +175,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+def broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether a tensor of `shape` can stand for one of `target`."""
     try:
         return bool(torch.broadcast_shapes(shape, target) == target)
     except RuntimeError:
@@ -362,138 +364,3 @@ def _inverse_gamma_marginal(alpha_0: float, beta_0: float, n: int, spread: Tenso
     alpha_n, beta_n = alpha_0 + n / 2, beta_0 + spread
     constant = math.lgamma(alpha_n) - math.lgamma(alpha_0) + alpha_0 * math.log(beta_0) - n / 2 * LOG_2PI
     return constant - alpha_n * beta_n.log()
-
-
-@register("distribution")
-class Factorised(Prior):
-    """Any `torch.distributions.Distribution` over single weights, independent.
-
-    Its class must be one of torch's own and be made of numbers, tensors and other such distributions, so that it can
-    be moved and saved; write a `Prior` for anything else.
-
-    Args:
-        distribution: of scalars (no event dimensions), with all real numbers as support and a batch shape that
-            broadcasts to the parameter.
-        n_mc_samples: draws in the estimate of the KL, where `torch.distributions` knows no closed form.
-    """
-
-    def __init__(self, distribution: Any, n_mc_samples: int = 1) -> None:
-        super().__init__(n_mc_samples)
-        if isinstance(distribution, distributions.Distribution):
-            _check_scalar_and_real(distribution)
-            self.description = self._describe(distribution, "")
-        else:  # the description out of a checkpoint
-            self.description = distribution
-            self._make_room(distribution, "")
-
-    @property
-    def distribution(self) -> distributions.Distribution:
-        """The distribution, beside the parameter."""
-        return self._build(self.description, "")
-
-    def log_prob(self, w: Tensor) -> Tensor:  # noqa: D102
-        return self.distribution.log_prob(w).expand_as(w).sum()
-
-    def weight_std(self) -> Tensor | None:  # noqa: D102
-        try:
-            std = self.distribution.stddev
-        except NotImplementedError:
-            return None
-        return std if bool(std.isfinite().all()) else None
-
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {"distribution": self.description, "n_mc_samples": self.n_mc_samples}
-
-    @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> "Prior":  # noqa: D102
-        return cls(**settings)
-
-    def for_parameter(self, w: Tensor, fan_in: int) -> "Prior":  # noqa: D102
-        batch_shape = self.distribution.batch_shape
-        if not _broadcasts(batch_shape, w.shape):
-            raise PriorError(
-                f"the distribution has batch shape {tuple(batch_shape)}; the parameter has {tuple(w.shape)}"
-            )
-        return copy.deepcopy(self).to(w.device)
-
-    def at(self, chosen: Tensor) -> "Prior":  # noqa: D102
-        if not self.distribution.batch_shape:
-            return self
-        if any(isinstance(value, dict) for value in self.description.values()):
-            # a mixture's tensors have dimensions of their own, for its components
-            return _Picked(self, chosen)
-        return super().at(chosen)
-
-    def __repr__(self) -> str:
-        return f"Factorised({self.distribution!r})"
-
-    def _describe(self, distribution: distributions.Distribution, prefix: str) -> dict[str, Any]:
-        name = type(distribution).__name__
-        if getattr(distributions, name, None) is not type(distribution):
-            raise PriorError(
-                f"{name} is no class of torch.distributions: write a varify.priors.Prior with its log_prob"
-            )
-        description: dict[str, Any] = {"class": name}
-        for argument in list(inspect.signature(type(distribution)).parameters):
-            value = getattr(distribution, argument, None)
-            if argument in ("validate_args", "logits") or value is None:
-                continue
-            if isinstance(value, distributions.Distribution):
-                description[argument] = self._describe(value, f"{prefix}{argument}_")
-            elif isinstance(value, (Real, Tensor)):
-                tensor = torch.as_tensor(value, dtype=torch.get_default_dtype()) if isinstance(value, Real) else value
-                self.register_buffer(prefix + argument, tensor.detach().clone())
-                description[argument] = list(tensor.shape)
-            else:
-                raise PriorError(f"{name} has {argument} of type {type(value).__name__}: write a varify.priors.Prior")
-        return description
-
-    def _make_room(self, description: dict[str, Any], prefix: str) -> None:
-        for argument, value in description.items():
-            if isinstance(value, dict):
-                self._make_room(value, f"{prefix}{argument}_")
-            elif isinstance(value, list):
-                self.register_buffer(prefix + argument, torch.ones(value))
-
-    def _build(self, description: dict[str, Any], prefix: str) -> distributions.Distribution:
-        arguments = {
-            name: self._build(value, f"{prefix}{name}_") if isinstance(value, dict) else getattr(self, prefix + name)
-            for name, value in description.items()
-            if name != "class"
-        }
-        built: distributions.Distribution = getattr(distributions, description["class"])(**arguments)
-        return built
-
-
-class _Picked(Prior):
-    """Some weights of a `Factorised` prior whose parameters differ between weights."""
-
-    def __init__(self, whole: Factorised, chosen: Tensor) -> None:
-        super().__init__(whole.n_mc_samples)
-        self.whole, self.chosen = whole, chosen
-
-    def log_prob(self, w: Tensor) -> Tensor:
-        # elsewhere any point will do: its density is left out
-        full = torch.zeros(self.chosen.shape, dtype=w.dtype, device=w.device).masked_scatter(self.chosen, w)
-        return self.whole.distribution.log_prob(full)[self.chosen].sum()
-
-
-def _check_scalar_and_real(distribution: distributions.Distribution) -> None:
-    if distribution.event_shape:
-        raise PriorError(f"{distribution!r} is a distribution of vectors; one over single weights is needed")
-    for point in (-1e3, -1.0, 0.0, 1.0, 1e3):
-        try:
-            finite = distribution.log_prob(torch.tensor(point)).isfinite().all()
-        except (ValueError, NotImplementedError) as error:
-            raise PriorError(f"{distribution!r} has no density at {point}: a weight may be any real number") from error
-        if not finite:
-            raise PriorError(f"{distribution!r} has no finite log density at {point}: a weight may be any real number")
-
-
-@register_kl(GaussianPosterior, Factorised)
-def _kl_factorised(q: GaussianPosterior, p: Factorised) -> Tensor:
-    prior = p.distribution.expand(q.rho.shape)
-    try:
-        return distributions.kl_divergence(distributions.Normal(q.mean, q.sigma), prior).sum()
-    except NotImplementedError:  # torch's signal for "no rule for this pair"
-        return estimated_kl(q, p)

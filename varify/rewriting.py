@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from varify.calls import Layout
 from varify.errors import EstimatorError
 from varify.estimators import Rule, automatic, find
-from varify.tracing import Trace, run_with
+from varify.swapping import run_with
+from varify.tracing import Trace
 
 _NUMBERS = itertools.count()
 

@@ -5,42 +5,30 @@ random) is treated as what it can't see at all: the innermost module around it b
 user's own code.
 """
 
-import operator
 import random
-import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType, FunctionType, MethodType
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
-from torch.fx.proxy import Attribute, TraceError
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.fx.proxy import TraceError
 from torch.utils import _pytree as pytree
 
 from varify.calls import CONSTANTS, Layout, Slot, has_hooks
 from varify.copies import weightless_copy
 from varify.hazards import watched
+from varify.snapshots import Snapshot
+from varify.swapping import run_with
+from varify.traced import Recorder, Traced, TracedParameter
 
 # torch.fx patches nn.Module while it traces, so one trace at a time in a process.
 _ONE_AT_A_TIME = threading.RLock()
-# While weights are swapped in, another thread would see them: whoever reads a network's parameters takes this.
-SWAPPED = threading.RLock()
 # What draws random numbers that no graph holds.
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-# Attributes that are not the same at every call of a program.
-_OF_THE_MOMENT = frozenset(
-    {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "_version"}
-    | {"layout", "data_ptr", "item", "tolist", "numpy", "storage", "untyped_storage", "is_contiguous", "stride"}
-)
-# Where a question about a traced value's type is fx's own and not the network's.
-_TRUSTED = ("torch.fx", "torch.utils._pytree", "torch.overrides", "varify.tracing")
 # Always opaque: their settings (p, inplace) are then read at every call and not when the program was made.
 _ALWAYS_OPAQUE = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.modules.rnn.RNNCellBase, nn.MultiheadAttention)
 
@@ -103,17 +91,6 @@ def opaque_trace(layout: Layout | None, chosen: Mapping[str, Any], why: str) -> 
     return Trace(graph, _as_is, {"": why}, layout, needs_shapes=False)
 
 
-def run_with(module: nn.Module, weights: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call `module` with `weights` (by name within it) in the place of its parameters; as it was afterwards."""
-    with SWAPPED:
-        try:
-            return functional_call(module, weights, args, kwargs)
-        finally:
-            for part in module.modules():
-                if isinstance(part, nn.RNNBase):  # else it keeps the drawn weights in its list of flat ones
-                    part._init_flat_weights()
-
-
 def _as_is(output: Any) -> Any:
     return output
 
@@ -130,7 +107,7 @@ class _Root(nn.Module):
     def forward(self, *tensors: Any) -> Any:
         args, kwargs = self.layout.rebuild(tensors)
         before = _random_states()
-        with _Recorder(self.tracer), watched(self.tracer.on_hazard):
+        with Recorder(self.tracer), watched(self.tracer.on_hazard):
             output = self.module(*args, **kwargs)
         if _random_states() != before:
             raise TraceError("its forward draws random numbers that torch.fx can't see")
@@ -147,151 +124,6 @@ class _Root(nn.Module):
 
         self.unpack = unpack
         return traced
-
-
-class _Traced(fx.Proxy):
-    """A proxy that answers no question wrongly: what it can't know it refuses, and the tracer rolls back."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]  # asked by isinstance() where the plain answer is no
-        _refuse_outside_fx("its type was asked for")
-        return type(self)
-
-    def __repr__(self) -> str:
-        _refuse_outside_fx("it was printed")
-        return fx.Proxy.__repr__(self)
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        _refuse_outside_fx("it was printed")
-        return format(fx.Proxy.__repr__(self), spec)
-
-    def __hash__(self) -> int:
-        _refuse_outside_fx("it was looked up in a set or dict")
-        return object.__hash__(self)
-
-    def __getattr__(self, name: str) -> Any:
-        value = self.node.meta["value"]
-        if name == "dtype" and isinstance(value, Tensor):
-            return value.dtype  # the key of a program has the dtypes of the call's tensors, and autocast
-        if name in _OF_THE_MOMENT:
-            _refuse_outside_fx(f"its {name} was asked for")
-        elif not hasattr(value, name):
-            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        return _TracedAttribute(self, name)
-
-
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
-    """`x += y` writes into x, and into what x is a view of; without this method Python would take `x = x + y`."""
-
-    def method(self: fx.Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return method
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
-    setattr(_Traced, f"__{_name}__", _in_place(_name))
-
-
-class _TracedAttribute(_Traced, Attribute):
-    """`x.shape`, `x.mean`, ...: an attribute, or the method about to be called."""
-
-    def __init__(self, root: fx.Proxy, attr: str) -> None:
-        Attribute.__init__(self, root, attr)
-
-    def __getattr__(self, name: str) -> Any:
-        return _TracedAttribute(self, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
-
-
-class _TracedParameter(_Traced):
-    """A parameter: its shape and dtype are those of every draw of it, so they are plain constants."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {"shape", "ndim", "dtype", "size", "dim", "numel", "nelement", "is_floating_point"}:
-            return getattr(self.node.meta["value"], name)
-        return super().__getattr__(name)
-
-
-def _refuse_outside_fx(what: str) -> None:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == "torch.nn.parameter":  # a metaclass on the way
-        frame = frame.f_back
-    asker = str(frame.f_globals.get("__name__", "")) if frame else ""
-    if not asker.startswith(_TRUSTED):
-        raise TraceError(f"a value that depends on the input decides the program: {what} in {asker}")
-
-
-class _Recorder(TorchFunctionMode):
-    """Records torch functions that no traced value is an argument of, else their results would be frozen in."""
-
-    def __init__(self, tracer: "_Tracer") -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.tracer.asleep or name == "__get__" or _holds_proxy((args, kwargs)):
-            return func(*args, **kwargs)  # with a proxy in it, the proxy records it
-        if is_tensor_method_or_property(func):
-            return self.tracer.create_proxy("call_method", name, args, kwargs)
-        return self.tracer.create_proxy("call_function", func, args, kwargs)
-
-
-def _holds_proxy(tree: Any) -> bool:
-    return any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(tree))
-
-
-@dataclass
-class _Snapshot:
-    """What the modules below one hold, to see whether a forward changed it and to undo that."""
-
-    states: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_Snapshot":
-        states = []
-        for part in module.modules():
-            own = vars(part)
-            inside = [vars(v) if _is_helper(v) else v for v in own.values()]
-            containers = [(v, v.copy()) for v in inside if isinstance(v, (dict, list, set, deque))]
-            states.append((own, own.copy(), containers))
-        return cls(states)
-
-    def changed(self) -> bool:
-        return any(
-            not _same(own, before) or any(not _same(now, then) for now, then in containers)
-            for own, before, containers in self.states
-        )
-
-    def restore(self) -> None:
-        for own, before, containers in self.states:
-            own.clear()
-            own.update(before)
-            for now, then in containers:
-                now.clear()
-                now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
-
-
-def _is_helper(value: Any) -> bool:
-    """An object of the user's own, such as a schedule, whose attributes may change."""
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, Tensor, type, FunctionType, MethodType))
-
-
-def _same(now: Any, then: Any) -> bool:
-    """Element by element the same objects: equality would call user code and compare tensors."""
-    if len(now) != len(then):
-        return False
-    if isinstance(now, dict):
-        return all(key in then and then[key] is value for key, value in now.items())
-    if isinstance(now, (list, deque)):
-        return all(a is b for a, b in zip(now, then, strict=True))
-    return bool(now == then)
 
 
 class _Tracer(fx.Tracer):
@@ -337,7 +169,7 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         why = self._opaque_from_the_start(m)
         if why is None:
-            snapshot, mark, hazards = _Snapshot.of(m), len(self._created), len(self._hazards)
+            snapshot, mark, hazards = Snapshot.of(m), len(self._created), len(self._hazards)
             opaque_before, needs_shapes_before = self.opaque.copy(), self.needs_shapes
             try:
                 output = forward(*args, **kwargs)
@@ -359,7 +191,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         is_parameter = node.op == "get_attr" and isinstance(node.meta.get("value"), nn.Parameter)
-        return (_TracedParameter if is_parameter else _Traced)(node, self)
+        return (TracedParameter if is_parameter else Traced)(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
         if kind != "output" and self._ambience != _ambience():
