@@ -1,5 +1,6 @@
 """Networks that converters trip over, each with the calls to make of it."""
 
+import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -202,6 +203,18 @@ class Counting(nn.Module):
         return self.fc(x) * self.calls
 
 
+class CallCounter(nn.Module):
+    """Nothing but a counter would give it away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(3, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
 class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -267,7 +280,15 @@ def own_generator(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
     return a(x) + torch.randn(3, generator=torch.Generator().manual_seed(3))
 
 
+def without_gradient(a: nn.Module, b: nn.Module, x: Tensor) -> Tensor:
+    return a(torch.no_grad()(b)(x))  # no with statement of the network's own
+
+
 HAZARDS: dict[str, Callable[[nn.Module, nn.Module, Tensor], Tensor]] = {
+    "isinstance": lambda a, b, x: a(x) if isinstance(b(x), Tensor) else b(x),
+    "no_grad by a decorator": without_gradient,
+    "python's random": lambda a, b, x: a(x) if random.Random(int(torch.initial_seed())).random() < 2 else b(x),
+    "a fresh constant": lambda a, b, x: a(x) + torch.zeros(3).add_(x[0]),
     "type()": lambda a, b, x: a(x) if type(b(x)) is Tensor else b(x),
     "identity": lambda a, b, x: a(x) if x.dtype is torch.float32 else b(x),
     "id()": lambda a, b, x: a(x) if id(x) == id(x) and id(a.weight) != id(b.weight) else b(x),
@@ -357,6 +378,7 @@ CASES = {
     "noisy": Case(Noisy, [_x(4, 3)]),
     "layer drop": Case(LayerDrop, [_x(4, 3)] * 4),
     "counting": Case(Counting, [_x(4, 3), _x(4, 3), _x(2, 3)]),
+    "call counter": Case(CallCounter, [_x(4, 3)] * 3),
     "custom function": Case(CustomFunction, [_x(4, 3)]),
     "chunks": Case(Chunks, [_x(4, 3), _x(7, 3)]),
     "colliding names": Case(collide, [_x(4, 3)]),
