@@ -547,3 +547,30 @@ def test_one_tensor_given_twice_is_one_tensor() -> None:
     vnet, inputs = varify.variationalize(Same()), x()
     with vnet.fixed_draw():
         torch.testing.assert_close(2 * vnet(inputs, inputs), vnet(inputs, inputs.clone()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_has_the_gradients_of_the_drawn_weights(reentrant: bool) -> None:
+    """Recomputed in backward, a block would see the means."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Block(nn.Module):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.checkpointed = nn.Linear(3, 3), nn.Linear(3, 3), checkpointed
+
+        def block(self, inputs: Tensor) -> Tensor:
+            return torch.tanh(self.b(torch.tanh(self.a(inputs))))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return checkpoint(self.block, inputs, use_reentrant=reentrant) if self.checkpointed else self.block(inputs)
+
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        vnet = varify.variationalize(Block(checkpointed), init=varify.inits.Constant(0.5)).train()
+        torch.manual_seed(1)
+        vnet(x().requires_grad_()).sum().backward()
+        gradients.append([p.grad for p in vnet.parameters()])
+    for plain, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, plain)
