@@ -18,6 +18,7 @@ ORDER = [
         "copies",
         "hazards",
         "snapshots",
+        "turns",
         "swapping",
         "traced",
         "tracing",

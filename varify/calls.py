@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 # Values that a program may hold as constants: immutable, and equal only if they act alike (the type is in the key,
@@ -70,7 +71,8 @@ def take_apart(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Layout
     Raises:
         Unkeyable: an argument is neither a tensor, a plain constant, nor a container of those.
     """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    # a packed sequence asks its tensors for their device when it is made, which what stands for them doesn't tell
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)), is_leaf=lambda v: isinstance(v, PackedSequence))
     tensors: list[Tensor] = []
     places: dict[int, Slot] = {}
     slots: list[Slot | tuple[type, Any]] = []

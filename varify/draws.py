@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from varify.calls import CONSTANTS
@@ -17,8 +18,8 @@ BYTES_AT_ONCE = 2**28
 
 def many(
     run: Callable[[Theta], Any], draw: Callable[[], Theta], n_samples: int, at_once: bool | None, *, slow: bool = False
-) -> list[Any]:
-    """Outputs of `n_samples` draws, in order.
+) -> tuple[list[Any], bool]:
+    """Outputs of `n_samples` draws, in order, and whether they ran at once.
 
     Args:
         run: the network's output for one draw.
@@ -28,7 +29,7 @@ def many(
         slow: the network has operations that are slower vectorised.
     """
     if slow if at_once is None else not at_once:
-        return [run(draw()) for _ in range(n_samples)]
+        return [run(draw()) for _ in range(n_samples)], False
     outputs: list[Any] = []
     chunk = n_samples
     while len(outputs) < n_samples:
@@ -45,8 +46,8 @@ def many(
             _restore(random)
         except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
             _restore(random)
-            return outputs + [run(draw()) for _ in range(n_samples - len(outputs))]
-    return outputs
+            return outputs + [run(draw()) for _ in range(n_samples - len(outputs))], False
+    return outputs, True
 
 
 def vectorised(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
@@ -84,6 +85,19 @@ class _WithoutFallback:
 _WITHOUT_FALLBACK = _WithoutFallback()
 
 
+class _Refusals(TorchFunctionMode):
+    """Sees operations that fail, also where the network's own `except` hides that."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            self.seen = True
+            raise
+
+
 class _Place:
     """Where a tensor goes."""
 
@@ -99,7 +113,10 @@ def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
         template[:] = [[_Place if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    columns = vectorised(tensors)(stacked)
+    with _Refusals() as refusals:
+        columns = vectorised(tensors)(stacked)
+    if refusals.seen:
+        raise RuntimeError("the network caught an error that it has when it is vectorised only")
     leaves, spec = template
     outputs = []
     for row in zip(*columns, strict=True):

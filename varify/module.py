@@ -1,13 +1,15 @@
 """VariationalModule: the user's network as its own mean, with a rho and a prior beside every chosen parameter."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.copies import copy_network, weightless_copy
@@ -21,8 +23,10 @@ from varify.programs import Programs
 from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
-from varify.swapping import SWAPPED
 from varify.trees import Tree
+from varify.turns import Turns
+
+_MODES = threading.Lock()  # held while training flags change for a prediction
 
 
 class VariationalModule(nn.Module):
@@ -63,6 +67,9 @@ class VariationalModule(nn.Module):
         self._sampling = False
         self._noise: dict[str, Tensor] | None = None
         self._programs: Programs | None = None
+        self._turns = Turns()
+        self._to_eval: list[nn.Module] = []
+        self._predicting = 0
         self.training = network.training
 
     # --- the posteriors
@@ -73,7 +80,14 @@ class VariationalModule(nn.Module):
         return Posteriors(self._posteriors(), aliases(self.module))
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
-        with SWAPPED:
+        if torch.compiler.is_compiling():  # a compiler can follow this, but no locks
+            return {
+                name: GaussianPosterior(
+                    self.module.get_parameter(name), self.rho.get(name), self.prior.get(name), self.fixed.get(name)
+                )
+                for name in self._chosen
+            }
+        with self._turns.reading():
             return {
                 name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name), self.fixed.get(name))
                 for name, site in self._live_programs().sites.items()
@@ -102,12 +116,32 @@ class VariationalModule(nn.Module):
 
         Estimators serve in training; `sampling` and `fixed_draw` draw weights.
         """
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
         if not (self.training or self._sampling):
-            return self.module(*args, **kwargs)
+            with self._turns.reading():
+                return self.module(*args, **kwargs)
         estimating = self.training and not self._sampling and self._noise is None
         wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
-        program, tensors = self._live_programs().find(args, kwargs, wanted, self._strict)
-        return program(self, self._theta(program), tensors)
+        program, tensors = self._find(args, kwargs, wanted, self._strict)
+        return self._run(program, self._theta(program), tensors)
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
+        if not (self.training or self._sampling):
+            return self.module(*args, **kwargs)
+        return functional_call(self.module, draw(self._posteriors(), self._noise), args, kwargs)
+
+    def _find(
+        self, args: Any, kwargs: Any, wanted: Mapping[str, str] | None = None, strict: bool = False
+    ) -> tuple[Program, list[Any]]:
+        """The program for a call, and what to run it on."""
+        with self._turns.reading():
+            return self._live_programs().find(args, kwargs, wanted or {}, strict)
+
+    def _run(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
+        with self._turns.writing() if program.swaps else nullcontext():
+            return program(self, theta, tensors)
 
     def _theta(self, program: Program) -> dict[str, Any]:
         """What a program is given for the parameters: a draw, or the moments of those it has an estimator for."""
@@ -130,8 +164,8 @@ class VariationalModule(nn.Module):
         Returns:
             f; `theta` has a tensor of the parameter's shape for every name in `posteriors`.
         """
-        program, _ = self._live_programs().find(args, kwargs, {}, False)
-        return lambda theta, *args, **kwargs: program(self, theta, program.tensors_of(args, kwargs))
+        program, _ = self._find(args, kwargs)
+        return lambda theta, *args, **kwargs: self._run(program, theta, program.tensors_of(args, kwargs))
 
     @torch.no_grad()
     def predict(
@@ -164,15 +198,15 @@ class VariationalModule(nn.Module):
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
         with self.in_eval():
-            program, tensors = self._live_programs().find(args, kwargs, {}, False)
-            draws = many(
-                lambda theta: program(self, theta, tensors),
+            program, tensors = self._find(args, kwargs)
+            draws, vectorized = many(
+                lambda theta: self._run(program, theta, tensors),
                 lambda: draw(self._posteriors(), self._noise),
                 n_samples,
                 False if program.sets_attributes else vectorize,
                 slow=self._slow_at_once(),
             )
-        return gather(draws, outputs, class_dim)
+        return gather(draws, outputs, class_dim, vectorized)
 
     def _slow_at_once(self) -> bool:
         # Convolutions with a weight for each draw become grouped ones, which are two to four times slower on a CPU.
@@ -182,14 +216,21 @@ class VariationalModule(nn.Module):
     @contextmanager
     def in_eval(self) -> Iterator[None]:
         """Within, all parts are in eval mode; as they were afterwards, also after an exception."""
-        modes = [(module, module.training) for module in self.modules() if module.training]
+        with _MODES:  # of several threads within, the first one in changes them and the last one out restores them
+            if not self._predicting:
+                self._to_eval = [module for module in self.modules() if module.training]
+                for module in self._to_eval:
+                    module.training = False
+            self._predicting += 1
         try:
-            for module, _ in modes:
-                module.training = False
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            with _MODES:
+                self._predicting -= 1
+                if not self._predicting:
+                    for module in self._to_eval:
+                        module.training = True
+                    self._to_eval = []
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -254,14 +295,14 @@ class VariationalModule(nn.Module):
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
         self._hold_pruned()
-        with SWAPPED:
+        with self._turns.reading():
             return copy_network(self.module)
 
     @torch.no_grad()
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""
         theta = draw(self._posteriors(), self._noise)
-        with SWAPPED:
+        with self._turns.reading():
             sample = copy_network(self.module)
         for name, site in sites(sample).items():
             if name in theta:
@@ -304,7 +345,7 @@ class VariationalModule(nn.Module):
         """The programs made so far as Python; with arguments, the one that draws weights for such a call."""
         programs = self._live_programs()
         if args or kwargs:
-            return programs.find(args, kwargs, {}, False)[0].source
+            return self._find(args, kwargs)[0].source
         if not programs.made:
             return "# no program yet: one is made by the first training call, or by code(*inputs)\n"
         return "\n\n".join(dict.fromkeys(program.source for program in programs.made.values()))
@@ -385,7 +426,12 @@ class VariationalModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # programs are made again when needed, and contexts end with the original
-        return {**self.__dict__, "_programs": None, "_noise": None, "_sampling": False}
+        passing = {"_programs": None, "_noise": None, "_sampling": False, "_predicting": 0, "_to_eval": []}
+        return {**{name: value for name, value in self.__dict__.items() if name != "_turns"}, **passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._turns = Turns()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariationalModule":
         new = type(self).__new__(type(self))

@@ -49,8 +49,8 @@ class GaussianPosterior:
         rho: `(*shape)`, in single precision where the network is half.
         prior: what the Kullback-Leibler divergence is taken to.
         fixed: `(*shape)`, nonzero at weights that are not random: 1 where they stay at mu (the padding row of an
-            embedding), `PRUNED` where they are 0. They have sigma 0, no gradient and no divergence. None if there
-            are none.
+            embedding), `PRUNED` where they are 0. They have sigma 0 and no divergence. None if there
+            are none. Those that stay at mu have the gradient that the network gives them.
     """
 
     __slots__ = ("fixed", "mu", "prior", "rho")
@@ -64,8 +64,7 @@ class GaussianPosterior:
         mean = self.mu.to(self.rho.dtype)
         if self.fixed is None:
             return mean
-        kept = torch.where(self.fixed == PRUNED, 0.0, mean.detach())
-        return torch.where(self.fixed == 0, mean, kept)
+        return torch.where(self.fixed == PRUNED, 0.0, mean)
 
     @property
     def sigma(self) -> Tensor:

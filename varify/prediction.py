@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 
@@ -47,11 +48,13 @@ class Prediction:
         outputs: what the network returns, for the measures on classes: "logits" (log probabilities are logits as
             well), "probabilities", or "binary_logits", one logit of the second of two classes per output.
         class_dim: the classes' dimension in one output of the network; 1 for segmentation.
+        vectorized: whether the draws ran at once, by `torch.func.vmap`, and not one after another.
     """
 
     samples: Tensor
     outputs: str = "logits"
     class_dim: int = -1
+    vectorized: bool = False
 
     def __post_init__(self) -> None:
         if self.outputs not in OUTPUTS:
@@ -224,24 +227,31 @@ def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
     return quantile
 
 
-def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1) -> Any:
+def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1, vectorized: bool = False) -> Any:
     """The `Prediction` of several outputs of one network; of structured ones, leaf by leaf.
 
     A leaf that is no tensor is taken from the first draw.
     """
-    leaves, spec = pytree.tree_flatten(draws[0])
-    rows = [leaves, *(pytree.tree_leaves(draw) for draw in draws[1:])]
-    gathered = [_gather_leaf(column, outputs, class_dim) for column in zip(*rows, strict=True)]
+    leaves, spec = pytree.tree_flatten(draws[0], is_leaf=_is_packed)
+    rows = [leaves, *(pytree.tree_leaves(draw, is_leaf=_is_packed) for draw in draws[1:])]
+    gathered = [_gather_leaf(column, outputs, class_dim, vectorized) for column in zip(*rows, strict=True)]
     return pytree.tree_unflatten(gathered, spec)
 
 
-def _gather_leaf(column: Sequence[Any], outputs: str, class_dim: int) -> Any:
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
+
+
+def _gather_leaf(column: Sequence[Any], outputs: str, class_dim: int, vectorized: bool) -> Any:
     first = column[0]
     if isinstance(first, Tensor):
-        return Prediction(torch.stack(list(column)), outputs, class_dim)
+        return Prediction(torch.stack(list(column)), outputs, class_dim, vectorized)
+    if isinstance(first, PackedSequence):  # its own constructor wants a tensor
+        data = gather([one.data for one in column], outputs, class_dim, vectorized)
+        return tuple.__new__(PackedSequence, (data, *first[1:]))
     if is_dataclass(first) and not isinstance(first, type):
         parts = {
-            f.name: gather([getattr(one, f.name) for one in column], outputs, class_dim)
+            f.name: gather([getattr(one, f.name) for one in column], outputs, class_dim, vectorized)
             for f in fields(first)
             if f.init
         }

@@ -32,6 +32,7 @@ class Program:
         opaque: path of each module that it runs as it is, and why.
         sets_attributes: it changes attributes of the network, so how often it runs matters.
         needs_shapes: it serves only calls with tensors of the shapes it was made for.
+        swaps: it puts weights into modules of the live network while it runs.
     """
 
     source: str
@@ -39,6 +40,7 @@ class Program:
     opaque: dict[str, str]
     needs_shapes: bool
     sets_attributes: bool
+    swaps: bool
     _function: Callable[..., Any]
     _unpack: Callable[[Any], Any]
     _layout: Layout | None
@@ -187,6 +189,7 @@ def _compile(graph: fx.Graph, trace: Trace, plans: Mapping[str, Plan]) -> Progra
         trace.opaque,
         trace.needs_shapes,
         trace.sets_attributes,
+        any(node.target is run_with for node in graph.nodes),
         namespace["forward"],
         trace.unpack,
         trace.layout,

@@ -138,14 +138,27 @@ def _check_where(where: Any, names: Iterable[str]) -> None:
         matching(names, list(where))
 
 
-def padding_rows(chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
-    """Masks, 1 at the padding row, of the embeddings that have one: it stands for no input and gets no gradient."""
+def padding_rows(network: nn.Module, chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
+    """Masks, 1 at the padding row, of the embeddings that have one: it stands for no input and gets no gradient.
+
+    Not of those that are tied to a layer of another kind, to which the row is one as any other.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in network.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(module)
     masks = {}
     for name, site in chosen.items():
-        if isinstance(site.owner, (nn.Embedding, nn.EmbeddingBag)) and site.owner.padding_idx is not None:
+        rows = {_padding_row(owner) for owner in owners[id(site.parameter)]}
+        row = rows.pop()
+        if row is not None and not rows:
             masks[name] = torch.zeros(site.parameter.shape, dtype=torch.int8)
-            masks[name][site.owner.padding_idx] = 1
+            masks[name][row] = 1
     return masks
+
+
+def _padding_row(module: nn.Module) -> int | None:
+    return module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
 
 
 def _impossible(site: Site) -> str | None:

@@ -30,6 +30,7 @@ _ONE_AT_A_TIME = threading.RLock()
 # What draws random numbers that no graph holds.
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 # Always opaque: their settings (p, inplace) are then read at every call and not when the program was made.
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm.forward  # which counts its calls
 _ALWAYS_OPAQUE = (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.modules.rnn.RNNCellBase, nn.MultiheadAttention)
 
 
@@ -233,7 +234,7 @@ class _Tracer(fx.Tracer):
         return self._attributes[name]
 
     def _opaque_from_the_start(self, module: nn.Module) -> str | None:
-        if isinstance(module, _ALWAYS_OPAQUE):
+        if isinstance(module, _ALWAYS_OPAQUE) or type(module).forward is _BATCH_NORM:
             return f"{type(module).__name__} is run as it is"
         if getattr(module, "runs_opaque", False):
             return "it is variational itself"
@@ -265,7 +266,11 @@ class _Tracer(fx.Tracer):
         self.opaque[path.removeprefix("module").removeprefix(".")] = why
         if is_root:  # what it returns is what the program returns, whatever that is
             return self.proxy(node)
-        node.meta["value"] = value = self._awake_from(lambda: forward(*self._values(args), **self._values(kwargs)))
+        if type(module).forward is _BATCH_NORM and isinstance(args[0] if args else None, fx.Proxy):
+            value: Any = torch.empty_like(_value(args[0]))  # hundreds of times faster than torch on the meta device
+        else:
+            value = self._awake_from(lambda: forward(*self._values(args), **self._values(kwargs)))
+        node.meta["value"] = value
         return self._structured(node, value)
 
     def _structured(self, node: fx.Node, value: Any) -> Any:

@@ -58,7 +58,7 @@ def variationalize(
     bound = {name: bind(chosen_priors[name], site) for name, site in chosen.items()}
     network = copy_network(model)
     inside = sites(network)
-    fixed = padding_rows(chosen)
+    fixed = padding_rows(model, chosen)
     rhos = {}
     for name, site in chosen.items():
         mu, rho = _start(chosen_inits[name], site, bound[name])

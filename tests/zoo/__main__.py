@@ -1,0 +1,66 @@
+"""Writes tests/zoo/README.md: every architecture, and what was found. `python -m tests.zoo [group ...]` prints alone."""
+
+import datetime
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+from tests import conftest  # noqa: F401  # what torchvision needs
+from tests.zoo import GROUPS
+from tests.zoo.checks import Record, examine
+
+HEAD = """# The zoo
+
+Random weights, small inputs. For each architecture: `varify.variationalize` converts it; with sigma = 0 its outputs,
+gradients and buffers equal the original's in train and in eval mode, from the same random state; with sigma > 0 the
+gradient reaches every mu and rho of a parameter that the original's reaches; the KL is finite; copies, pickles (where
+the original pickles) and the state dict keep everything; `predict` gives the same draws vectorised and in a loop;
+`mean_model()` is the original. `pytest tests/test_zoo.py` asserts it, `python -m tests.zoo` wrote this table.
+
+"opaque" tells what torch.fx could not follow, and so runs as it is with drawn weights: single modules (most often
+BatchNorm, dropout and attention), or the network as a whole. "predict" tells whether `torch.func.vmap` can run all
+draws at once or they run one by one.
+"""
+
+
+def main(groups: list[str]) -> None:
+    """Examines every architecture of the groups, of all if there are none given, and then writes the table."""
+    records: dict[str, list[Record]] = {}
+    for group in groups or GROUPS:
+        records[group] = []
+        for name, entry in GROUPS[group].entries().items():
+            record = examine(name, entry)
+            records[group].append(record)
+            print(f"{group}: {name}: {record.seconds:.1f} s", record.failures or "", flush=True)
+    if not groups:
+        (Path(__file__).parent / "README.md").write_text(HEAD + "\n" + told(records))
+
+
+def told(records: dict[str, list[Record]]) -> str:
+    """The tables as Markdown."""
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "timm", "transformers")
+    )
+    lines = [
+        f"{datetime.date.today():%B %Y}, {platform.machine()}, Python {platform.python_version()}, {versions}.",
+        "",
+    ]
+    lines += ["| group | architectures | all checks hold | predicted at once |", "| --- | --- | --- | --- |"]
+    for group, found in records.items():
+        good, at_once = sum(not r.failures for r in found), sum(r.predicts == "at once" for r in found)
+        lines.append(f"| {group} | {len(found)} | {good} ({good / len(found):.0%}) | {at_once} |")
+    failures = [(r.name, *failure) for found in records.values() for r in found for failure in r.failures.items()]
+    lines += ["", "Failures: " + ("none." if not failures else "")]
+    lines += [f"- {name}: {what}: {why}" for name, what, why in failures]
+    for group, found in records.items():
+        lines += ["", f"## {group}", "", "| architecture | parameters | opaque | predict | pickles |"]
+        lines.append("| --- | --- | --- | --- | --- |")
+        for r in found:
+            pickles = "yes" if r.pickles else "as the original, no"
+            lines.append(f"| {r.name} | {r.parameters:,} | {r.opaque} | {r.predicts} | {pickles} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

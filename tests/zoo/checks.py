@@ -1,0 +1,232 @@
+"""What must hold for every architecture: converts, equals the original at sigma = 0, learns, copies, predicts."""
+
+import copy
+import io
+import pickle
+import random
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import varify
+from tests.zoo.entries import Call, Entry
+
+CONSTANTS = (bool, int, float, str)
+TINY = -200.0  # softplus of it is 0 in single precision
+
+
+@dataclass
+class Record:
+    """What was found. `failures` is empty where everything holds."""
+
+    name: str
+    parameters: int = 0
+    variational: int = 0
+    opaque: str = ""
+    predicts: str = ""
+    pickles: bool = True
+    seconds: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())
+            self.failures[what] = (
+                f"{type(error).__name__}: {text[:300]} ({where.filename.split('/')[-1]}:{where.lineno})"
+            )
+
+
+def examine(name: str, entry: Entry) -> Record:
+    """All checks of one architecture; none stops another."""
+    record, start = Record(name), time.perf_counter()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = entry.make()
+        record.parameters = sum(p.numel() for p in network.parameters())
+        with record.noting("converts"):
+            vnet = varify.variationalize(network)
+            _examine(record, entry, network, vnet)
+    record.seconds = time.perf_counter() - start
+    return record
+
+
+def _examine(record: Record, entry: Entry, network: nn.Module, vnet: varify.VariationalModule) -> None:
+    call = entry.call()
+    again = copy.deepcopy if record.parameters < 1e6 else _itself  # what counts its calls has made none then
+    record.variational = sum(q.mu.numel() for q in vnet.posteriors.values())
+    with record.noting("mean_model() is the original"):
+        mean = vnet.mean_model()
+        assert type(mean) is type(network)
+        assert_equal(dict(mean.state_dict()), dict(network.state_dict()))
+        del mean
+    start = tensors_of(vnet)
+    reached: set[str] = set()
+    for training in (False, True):
+        with record.noting(f"equals the original in {'train' if training else 'eval'}"):
+            reached, record.pickles = _equals(network, again(vnet), call, training)
+        restore(vnet, start)
+    with record.noting("gradients reach mu and rho"):
+        assert reached or not record.variational
+        _, objective = run(vnet, call, 0)
+        objective.backward()
+        for name in reached & set(vnet.posteriors):
+            for kind in ("module", "rho"):
+                grad = vnet.get_parameter(f"{kind}.{name}").grad
+                assert grad is not None and grad.any(), f"none for {kind}.{name}"
+        vnet.zero_grad()
+    with record.noting("KL is finite"):
+        kl = vnet.prior_loss()
+        assert kl.isfinite() and kl > 0
+    opaque = vnet.summary().opaque
+    record.opaque = "the network" if "" in opaque else f"{len(opaque)} modules" if opaque else "nothing"
+    with record.noting("copies and pickles"):
+        copies = [copy.deepcopy(vnet), *([pickle.loads(pickle.dumps(vnet))] if record.pickles else [])]
+        for other in copies:
+            assert_equal(dict(other.state_dict()), dict(vnet.state_dict()))
+        assert_close(run(copies[-1], call, 1)[0], run(vnet, call, 1)[0])
+        del copies, other
+        restore(vnet, start)
+    with record.noting("state dict round trip"):
+        file = io.BytesIO()
+        torch.save(vnet.state_dict(), file)
+        file.seek(0)
+        other = varify.variationalize(network, init=varify.inits.Constant(0.3))
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert_equal(dict(other.state_dict()), dict(vnet.state_dict()))
+        del other, file
+    with record.noting("predicts"):
+        record.predicts = _predicts(vnet, call, again)
+        assert vnet.training
+
+
+def _equals(network: nn.Module, vnet: varify.VariationalModule, call: Call, training: bool) -> tuple[set[str], bool]:
+    """Compares outputs, gradients and buffers at sigma = 0.
+
+    Returns what the original's gradient reaches, and whether the original can be pickled after a forward.
+    """
+    plain = copy_of(network).train(training)
+    vnet.train(training)
+    for name in vnet.posteriors:
+        vnet.get_parameter(f"rho.{name}").data.fill_(TINY)
+    expected, objective = run(plain, call, 0)
+    objective.backward()
+    with vnet.sampling(), vnet.fixed_draw():
+        vnet.sample_model()  # draws the noise: below, the same random numbers are left for dropout
+        found, objective = run(vnet, call, 0)
+        objective.backward()
+    assert_close(found, expected)
+    assert_close(dict(vnet.module.named_buffers()), dict(plain.named_buffers()))
+    grads = {name: p.grad for name, p in plain.named_parameters()}
+    largest = max(float(g.abs().max()) for g in grads.values() if g is not None and g.numel())
+    reached = set()
+    for name, grad in grads.items():
+        mine = vnet.module.get_parameter(name).grad
+        if grad is None:
+            assert mine is None or not mine.any(), f"{name} has a gradient"
+        elif grad.numel():
+            assert mine is not None, f"{name} has no gradient"
+            scale = float(grad.abs().max())
+            assert torch.allclose(mine, grad, 1e-3, 1e-4 * scale + 1e-6 * largest), f"gradient of {name}"
+            reached |= {name} if scale > 1e-6 * largest else set()  # below are those that rounding alone gives one
+    vnet.zero_grad()
+    return reached, can_be_pickled(plain)
+
+
+def _itself(vnet: varify.VariationalModule) -> varify.VariationalModule:
+    return vnet
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+@torch.no_grad()
+def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in tensors:
+            tensor.copy_(tensors[name])
+    module.train()
+
+
+def can_be_pickled(network: nn.Module) -> bool:
+    """Not what has local functions for hooks, nor what torch refuses to, such as parametrized modules."""
+    try:
+        pickle.dumps(network)
+    except Exception:
+        return False
+    return True
+
+
+def _predicts(vnet: varify.VariationalModule, call: Call, again: Callable[[Any], Any]) -> str:
+    """ "at once" where the draws can be vectorised, else "one by one"; the draws are the same either way."""
+    args, kwargs = call
+    predictions = {}
+    for way in (True, False):
+        torch.manual_seed(0)
+        predictions[way] = again(vnet).predict(*args, n_samples=2, vectorize=way, **kwargs)
+    kinds = {way: _predicted(p) for way, p in predictions.items()}
+    assert kinds[True], "nothing was predicted"
+    for one, other in zip(kinds[True], kinds[False], strict=True):
+        assert one.samples.isfinite().all()
+        torch.testing.assert_close(one.samples, other.samples, rtol=1e-3, atol=1e-3)
+        assert one.std.shape == one.mean.shape
+    assert any(p.samples.std(0).any() for p in kinds[True]), "all draws are equal"
+    return "at once" if kinds[True][0].vectorized else "one by one"
+
+
+def _predicted(prediction: Any) -> list[varify.Prediction]:
+    leaves = pytree.tree_leaves(prediction, is_leaf=lambda leaf: isinstance(leaf, varify.Prediction))
+    return [leaf for leaf in leaves if isinstance(leaf, varify.Prediction) and leaf.samples.is_floating_point()]
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A copy, also of what copy.deepcopy refuses."""
+    from varify.copies import copy_network
+
+    return copy_network(network)
+
+
+def run(network: nn.Module, call: Call, seed: int) -> tuple[list[Any], Tensor]:
+    """The output's leaves, and a weighted sum of its tensors that no normalisation makes constant."""
+    args, kwargs = copy.deepcopy(call)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    leaves = pytree.tree_leaves(network(*args, **kwargs))
+    weights = torch.Generator().manual_seed(7)
+    terms = [
+        (leaf * torch.randn(leaf.shape, generator=weights)).sum()
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.requires_grad
+    ]
+    return leaves, torch.stack(terms).sum()
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert_close(found, expected, 0.0, 0.0)
+
+
+def assert_close(found: Any, expected: Any, rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    (found, found_spec), (expected, expected_spec) = pytree.tree_flatten(found), pytree.tree_flatten(expected)
+    assert found_spec == expected_spec
+    for one, other in zip(found, expected, strict=True):
+        if isinstance(other, Tensor):
+            scale = float(other.detach().abs().max()) if other.is_floating_point() and other.numel() else 1.0
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol * max(1.0, scale), equal_nan=True)
+        else:
+            assert type(one) is type(other)
+            assert not isinstance(other, CONSTANTS) or one == other
