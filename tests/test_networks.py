@@ -153,3 +153,10 @@ def _after_a_forward(vnet: varify.VariationalModule, case: Case) -> varify.Varia
     args, kwargs = case.calls[0]
     vnet(*args, **kwargs)
     return vnet
+
+
+@in_both_modes
+def test_what_torch_fx_can_follow_is_not_opaque(training: bool) -> None:
+    vnet = varify.variationalize(seeded(CASES["cnn"]).train(training))
+    vnet.code(*CASES["cnn"].calls[0][0])
+    assert set(vnet.summary().opaque) == {"bn1", "drop"}

@@ -11,6 +11,7 @@ from varify.objective import ELBO, Terms, parameter_groups
 from varify.posteriors import GaussianPosterior
 from varify.prediction import Prediction
 from varify.pruning import prune, pruning_curve
+from varify.saving import load, save
 from varify.variationalize import variationalize
 
 __version__ = "0.1.0"
@@ -35,12 +36,14 @@ __all__ = [
     "fit_prior",
     "fit_sigma",
     "inits",
+    "load",
     "parameter_groups",
     "prior_loss",
     "priors",
     "prune",
     "pruning_curve",
     "register_kl",
+    "save",
     "schedules",
     "variationalize",
 ]

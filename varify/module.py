@@ -426,7 +426,13 @@ class VariationalModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # programs are made again when needed, and contexts end with the original
-        passing = {"_programs": None, "_noise": None, "_sampling": False, "_predicting": 0, "_to_eval": []}
+        passing: dict[str, Any] = {
+            "_programs": None,
+            "_noise": None,
+            "_sampling": False,
+            "_predicting": 0,
+            "_to_eval": [],
+        }
         return {**{name: value for name, value in self.__dict__.items() if name != "_turns"}, **passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,15 +1,15 @@
 """Running a module of the user's own with other weights in the place of its parameters."""
 
-import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
+from functools import partial
 from types import GeneratorType
 from typing import Any, NamedTuple
 
-import torch.utils.checkpoint as checkpoint_module
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from varify.recomputing import recomputing
 from varify.turns import Turns
 
 
@@ -22,17 +22,17 @@ class Swap(NamedTuple):
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`function(*args, **kwargs)` with the weights in place; they are as before afterwards, whatever happens."""
-        with ExitStack() as stack:
-            if self.turns is not None:
-                stack.enter_context(self.turns.writing())
-            stack.enter_context(_recomputing_with(self))
+        named = {f"module.{name}": weight for name, weight in self.weights.items()}
+        with self.turns.writing() if self.turns else nullcontext(), recomputing(self._around):
             try:
-                named = {f"module.{name}": weight for name, weight in self.weights.items()}
                 return functional_call(_Caller(self.module), named, (function, args, kwargs))
             finally:
                 for part in self.module.modules():
                     if isinstance(part, nn.RNNBase):  # else it keeps the drawn weights in its list of flat ones
                         part._init_flat_weights()
+
+    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(self.call, function)
 
 
 class _Caller(nn.Module):
@@ -58,67 +58,3 @@ def _stepwise(generator: Generator[Any, Any, Any], swap: Swap) -> Iterator[Any]:
     end = object()
     while (value := swap.call(next, generator, end)) is not end:
         yield value
-
-
-# --- torch.utils.checkpoint runs its function again in backward, when the weights are the module's own again: the
-# gradients would be those of the means. So what is checkpointed within `Swap.call` is recomputed within it as well.
-
-_within = threading.local()  # .swaps: those that this thread is in, the outermost first
-_plain: dict[str, Any] = {}
-_users, _lock = 0, threading.Lock()
-
-
-@contextmanager
-def _recomputing_with(swap: Swap) -> Iterator[None]:
-    _install()
-    before = getattr(_within, "swaps", ())
-    _within.swaps = (*before, swap)
-    try:
-        yield
-    finally:
-        _within.swaps = before
-        _uninstall()
-
-
-def _install() -> None:
-    """The two functions that torch.utils.checkpoint looks up, replaced while any thread is within a swap."""
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            for name, stand_in in (
-                ("_checkpoint_without_reentrant_generator", _non_reentrant),
-                ("CheckpointFunction", _Reentrant),
-            ):
-                _plain[name] = getattr(checkpoint_module, name)
-                setattr(checkpoint_module, name, stand_in)
-
-
-def _uninstall() -> None:
-    global _users
-    with _lock:
-        _users -= 1
-        if _users == 0:
-            for name, original in _plain.items():
-                setattr(checkpoint_module, name, original)
-
-
-def _non_reentrant(function: Any, *args: Any, **kwargs: Any) -> Any:
-    # `checkpoint` itself runs the function the first time; what is handed on here is for later times.
-    for swap in reversed(getattr(_within, "swaps", ())):
-        function = _with(swap, function)
-    return _plain["_checkpoint_without_reentrant_generator"](function, *args, **kwargs)
-
-
-def _with(swap: Swap, function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: swap.call(function, *args, **kwargs)
-
-
-class _Reentrant:
-    """The reentrant kind calls backward within backward, which would go twice through the graph of a draw."""
-
-    @staticmethod
-    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        if not getattr(_within, "swaps", ()):
-            return _plain["CheckpointFunction"].apply(function, preserve_rng_state, *args)
-        return checkpoint_module.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)

@@ -267,7 +267,8 @@ class _Tracer(fx.Tracer):
         if is_root:  # what it returns is what the program returns, whatever that is
             return self.proxy(node)
         if type(module).forward is _BATCH_NORM and isinstance(args[0] if args else None, fx.Proxy):
-            value: Any = torch.empty_like(_value(args[0]))  # hundreds of times faster than torch on the meta device
+            like = _value(args[0])  # hundreds of times faster than torch on the meta device
+            value: Any = self._awake_from(lambda: torch.empty_like(like))
         else:
             value = self._awake_from(lambda: forward(*self._values(args), **self._values(kwargs)))
         node.meta["value"] = value

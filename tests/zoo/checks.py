@@ -86,11 +86,13 @@ def _examine(record: Record, entry: Entry, network: nn.Module, vnet: varify.Vari
         for name in reached & set(vnet.posteriors):
             for kind in ("module", "rho"):
                 grad = vnet.get_parameter(f"{kind}.{name}").grad
-                assert grad is not None and grad.any(), f"none for {kind}.{name}"
+                assert grad is not None, f"none for {kind}.{name}"
+                assert grad.any(), f"zero for {kind}.{name}"
         vnet.zero_grad()
     with record.noting("KL is finite"):
         kl = vnet.prior_loss()
-        assert kl.isfinite() and kl > 0
+        assert kl.isfinite()
+        assert kl > 0
     opaque = vnet.summary().opaque
     record.opaque = "the network" if "" in opaque else f"{len(opaque)} modules" if opaque else "nothing"
     with record.noting("copies and pickles"):

@@ -1,0 +1,182 @@
+"""Files: what is written is read again, whole, without pickle; and what can't be is refused with a reason."""
+
+import copy
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import varify
+from tests.networks import CASES, seeded
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 3, 3), bn=nn.BatchNorm2d(3), out=nn.Conv2d(3, 2, 1)))
+
+
+def variational(**options: Any) -> varify.VariationalModule:
+    vnet = varify.variationalize(network(), init=varify.inits.Normal(), **options)
+    vnet(torch.randn(4, 1, 5, 5))  # BatchNorm's statistics move
+    return vnet
+
+
+def assert_same(found: varify.VariationalModule, expected: varify.VariationalModule) -> None:
+    a, b = found.state_dict(), expected.state_dict()
+    assert a.keys() == b.keys()
+    for name, value in b.items():
+        assert torch.equal(a[name], value) if isinstance(value, Tensor) else a[name] == value, name
+    assert [(n, p.requires_grad) for n, p in found.named_parameters()] == [
+        (n, p.requires_grad) for n, p in expected.named_parameters()
+    ]
+    told = []
+    for one in (found, expected):
+        torch.manual_seed(0)  # some divergences are estimates
+        told.append(str(copy.deepcopy(one).summary()))  # of a copy, which has made no programs
+    assert told[0] == told[1]
+
+
+PRIORS = {
+    "gaussian": varify.priors.Gaussian(),
+    "centred": varify.priors.Gaussian(std=0.05, centered=True),
+    "tensor": varify.priors.Gaussian(std=torch.tensor(0.25)),
+    "conjugate": varify.priors.Conjugate(0.0, 3.0, 0.5, 0.7),
+    "known mean": varify.priors.ConjugateKnownMean(0.1, 0.5, 0.5),
+    "mixture": varify.priors.ScaleMixture(1.0, 0.002, 0.5, n_mc_samples=3),
+    "laplace": torch.distributions.Laplace(0.0, 0.1),
+    "several": {"out.*": varify.priors.Gaussian(std=1 / 3)},
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
+def test_a_file_keeps_everything(prior: Any, tmp_path: Path) -> None:
+    vnet = variational(prior=prior, estimator={"conv*": "flipout"}, strict=True)
+    varify.prune(vnet, 0.3)
+    vnet.rho.get("conv.bias").requires_grad_(False)
+    varify.save(vnet, tmp_path / "net.safetensors")
+    plain = network(seed=1)
+    before = copy.deepcopy(plain.state_dict())
+    loaded = varify.load(tmp_path / "net.safetensors", plain)
+    assert_same(loaded, vnet)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name])
+    x = torch.randn(2, 1, 5, 5)
+    seen = []
+    for one in (vnet, loaded):
+        torch.manual_seed(3)
+        seen.append(one.predict(x, n_samples=3).samples)
+    assert torch.equal(*seen)
+    torch.manual_seed(1)
+    loss = vnet.prior_loss()
+    torch.manual_seed(1)
+    assert torch.equal(loaded.prior_loss(), loss)
+    assert list(tmp_path.iterdir()) == [tmp_path / "net.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["tied", "called twice", "raw parameters", "lstm", "transformer", "weight norms", "cnn"])
+def test_ties_and_all_kinds_of_parameters(name: str, tmp_path: Path) -> None:
+    vnet = varify.variationalize(seeded(CASES[name]))
+    varify.save(vnet, tmp_path / "a")
+    loaded = varify.load(tmp_path / "a", seeded(CASES[name]))
+    assert_same(loaded, vnet)
+    names = {n: p for n, p in loaded.module.named_parameters(remove_duplicate=False)}
+    for n, p in vnet.module.named_parameters(remove_duplicate=False):
+        for m, q in vnet.module.named_parameters(remove_duplicate=False):
+            assert (p is q) == (names[n] is names[m])
+
+
+def test_half_precision_and_views(tmp_path: Path) -> None:
+    plain = network().bfloat16()
+    plain.register_buffer("whole", torch.arange(6.0).reshape(2, 3).T)
+    plain.register_buffer("part", plain.whole[:2])
+    plain.register_buffer("empty", torch.zeros(0))
+    plain.register_buffer("nothing", torch.zeros(0))
+    vnet = varify.variationalize(plain)
+    varify.save(vnet, tmp_path / "a")
+    assert_same(varify.load(tmp_path / "a", copy.deepcopy(plain)), vnet)
+
+
+def test_the_file_is_tensors_and_json(tmp_path: Path) -> None:
+    vnet = variational(prior=varify.priors.ScaleMixture(1.0, 0.1, 0.5))
+    varify.save(vnet, tmp_path / "a")
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+        assert set(file.keys()) == {n for n, v in vnet.state_dict().items() if isinstance(v, Tensor)}
+    assert settings["extra"]["_extra_state"]["priors"]["conv.weight"]["sigma_2"] == 0.1
+    assert settings["network"] == "Sequential"
+
+
+def test_plain_checkpoints_pass_in_and_out(tmp_path: Path) -> None:
+    plain, other = network(1), network(2)
+    save_file(plain.state_dict(), tmp_path / "plain")
+    vnet = varify.variationalize(other)
+    vnet.module.load_state_dict(load_file(tmp_path / "plain"))
+    x = torch.randn(2, 1, 5, 5)
+    assert torch.equal(vnet.eval()(x), plain.eval()(x))
+    third = network(3)
+    third.load_state_dict(vnet.module.state_dict())
+    assert torch.equal(third.eval()(x), plain(x))
+
+
+def test_what_varify_did_not_write(tmp_path: Path) -> None:
+    save_file(network().state_dict(), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"not written by varify\.save; .* vnet\.module\.load_state_dict"):
+        varify.load(tmp_path / "plain", network())
+    save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"varify": "99"})
+    with pytest.raises(ValueError, match="format 99"):
+        varify.load(tmp_path / "newer", network())
+    with pytest.raises(FileNotFoundError):
+        varify.load(tmp_path / "none", network())
+
+
+def test_another_network(tmp_path: Path) -> None:
+    varify.save(variational(), tmp_path / "a")
+    with pytest.raises(varify.StructureError, match=r"of a Sequential in which conv\.weight \(3, 1, 3, 3\)"):
+        varify.load(tmp_path / "a", nn.Linear(2, 2))
+    with pytest.raises(varify.ModelError, match="nn.Module is needed"):
+        varify.load(tmp_path / "a", "a name")  # type: ignore[arg-type]
+    bigger = nn.Sequential(OrderedDict([*network().named_children(), ("more", nn.BatchNorm2d(2))]))
+    with pytest.raises(RuntimeError, match=r"module\.more\.weight"):
+        varify.load(tmp_path / "a", bigger)
+
+
+def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"helper": object()}
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    path = tmp_path / "a"
+    varify.save(variational(), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=r"module\._extra_state is a dict .* torch\.save"):
+        varify.save(varify.variationalize(Odd(2, 2)), path)
+    with pytest.raises(TypeError, match=r"takes a variational module, not Linear; see varify\.variationalize"):
+        varify.save(nn.Linear(2, 2), path)  # type: ignore[arg-type]
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        varify.save(variational(), tmp_path / "no such folder" / "a")
+
+
+def test_a_prior_of_ones_own_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    varify.save(variational(prior=varify.priors.ScaleMixture(1.0, 0.1, 0.5)), tmp_path / "a")
+    monkeypatch.delitem(varify.priors.KINDS, "mixtgauss")
+    with pytest.raises(varify.PriorError, match="'mixtgauss' for conv.weight; import the module that registers it"):
+        varify.load(tmp_path / "a", network())
+
+
+def test_a_part_that_is_variational_itself(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2), prior=PRIORS["mixture"]))
+
+    vnet = varify.variationalize(make())
+    varify.save(vnet, tmp_path / "a")
+    assert_same(varify.load(tmp_path / "a", make()), vnet)

@@ -1,0 +1,146 @@
+"""Variational modules in safetensors files: tensors and plain text, nothing that is unpickled."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from varify.errors import StructureError, listed
+from varify.module import VariationalModule
+from varify.selection import sites
+from varify.variationalize import variationalize
+
+FORMAT = "1"
+
+
+def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
+    """Write means, rho's, buffers, priors and settings to a safetensors file; needs the package `safetensors`.
+
+    The file is there whole or not at all; one that was there is replaced. The network's code is not in it.
+
+    Args:
+        vnet: on any device.
+        path: of the file, by custom `*.safetensors`.
+
+    Raises:
+        TypeError: vnet is not variational, or a module's extra state is no tensor and no plain value, which can't be
+            written down.
+    """
+    if not isinstance(vnet, VariationalModule):
+        raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
+    tensors, plain, same = _parted(vnet.state_dict())
+    gradients = {kind: [n for n in vnet._chosen if vnet.get_parameter(f"{kind}.{n}").requires_grad] for kind in _KINDS}
+    settings = {
+        "network": type(vnet.module).__name__,
+        "parameters": vnet._chosen,
+        "skipped": vnet._skipped,
+        "requires_grad": gradients,
+        "strict": vnet._strict,
+        "extra": plain,
+        "same": same,
+    }
+    metadata = {"format": "pt", "varify": FORMAT, "settings": json.dumps(settings)}
+    path = Path(path)
+    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        _library().torch.save_file(tensors, part, metadata)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise
+
+
+_KINDS = ("module", "rho")
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
+    """A variational copy of `model` with what `save` wrote; needs the package `safetensors`.
+
+    Args:
+        path: of the file.
+        model: a plain network like the one converted, with any weights, on the device that is wanted. Not changed.
+
+    Raises:
+        ValueError: the file was not written by `save`.
+        StructureError: the model lacks parameters that are variational in the file, or their shapes differ.
+        PriorError: a prior of one's own is not registered (import the module that does).
+    """
+    with _library().safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "varify" not in metadata:
+            raise ValueError(
+                f"{path} was not written by varify.save; a checkpoint of the plain network is loaded as the means, "
+                "by vnet.module.load_state_dict(safetensors.torch.load_file(path))"
+            )
+        if metadata["varify"] != FORMAT:
+            raise ValueError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
+        settings = json.loads(metadata["settings"])
+        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    state |= {name: state[first] for name, first in settings["same"].items()} | settings["extra"]
+    chosen = settings["parameters"]
+    _check(model, state, chosen, settings["network"])
+    vnet = variationalize(model, where=lambda name, *_: name in set(chosen), strict=settings["strict"])
+    vnet._skipped = settings["skipped"]
+    vnet.load_state_dict(state)
+    for kind in _KINDS:
+        for name in chosen:
+            vnet.get_parameter(f"{kind}.{name}").requires_grad_(name in settings["requires_grad"][kind])
+    return vnet
+
+
+def _library() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("varify.save and varify.load need safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """The tensors, each distinct one once; what else there is; and the other names of tensors."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    same: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            plain[name] = _checked(name, value)
+            continue
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and place in seen:
+            same[name] = seen[place]
+            continue
+        seen[place] = name
+        tensors[name] = value.detach().clone().contiguous()  # a clone: two may be views of one storage
+    return tensors, plain, same
+
+
+def _checked(name: str, value: Any) -> Any:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} is a {type(value).__name__} ({error}), and only tensors and plain values can be written to a "
+            "safetensors file; torch.save(vnet.state_dict(), ...) takes it"
+        ) from None
+    return value
+
+
+def _check(model: nn.Module, state: Mapping[str, Any], chosen: list[str], network: str) -> None:
+    found = sites(model) if isinstance(model, nn.Module) else {}
+    wrong = [
+        f"{name} {tuple(state[f'module.{name}'].shape)}"
+        for name in chosen
+        if name not in found or found[name].parameter.shape != state[f"module.{name}"].shape
+    ]
+    if isinstance(model, nn.Module) and wrong:
+        raise StructureError(
+            f"the file is of a {network} in which {listed(wrong)} are variational; this {type(model).__name__} has no "
+            "such parameters: give load a plain network made as the one that was converted"
+        )
