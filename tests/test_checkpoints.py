@@ -137,7 +137,9 @@ def test_many_draws_at_a_small_sigma_keep_the_labels(pretrained: Pretrained) -> 
 
 @torch.no_grad()
 def test_a_file_keeps_all(pretrained: Pretrained, tmp_path: Path) -> None:
-    vnet = varify.variationalize(pretrained.network, prior=varify.priors.Gaussian(std=0.05, centered=True), init="moped")
+    vnet = varify.variationalize(
+        pretrained.network, prior=varify.priors.Gaussian(std=0.05, centered=True), init="moped"
+    )
     varify.save(vnet, tmp_path / "a.safetensors")
     blank = varify.variationalize(pretrained.network).mean_model()
     for parameter in blank.parameters():

@@ -79,7 +79,9 @@ def test_a_file_keeps_everything(prior: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "net.safetensors"]
 
 
-@pytest.mark.parametrize("name", ["tied", "called twice", "raw parameters", "lstm", "transformer", "weight norms", "cnn"])
+@pytest.mark.parametrize(
+    "name", ["tied", "called twice", "raw parameters", "lstm", "transformer", "weight norms", "cnn"]
+)
 def test_ties_and_all_kinds_of_parameters(name: str, tmp_path: Path) -> None:
     vnet = varify.variationalize(seeded(CASES[name]))
     varify.save(vnet, tmp_path / "a")

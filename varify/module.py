@@ -14,7 +14,7 @@ from torch.func import functional_call
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.copies import copy_network, weightless_copy
 from varify.draws import many
-from varify.errors import PriorError, StructureError, listed
+from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.estimators import Moments
 from varify.posteriors import PRUNED, GaussianPosterior, draw
 from varify.prediction import gather
@@ -128,6 +128,8 @@ class VariationalModule(nn.Module):
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
+        if self._strict and set(self._estimators.values()) != {"weights"}:
+            raise EstimatorError("strict=True: under torch.compile weights are drawn, whatever the estimator")
         if not (self.training or self._sampling):
             return self.module(*args, **kwargs)
         return functional_call(self.module, draw(self._posteriors(), self._noise), args, kwargs)

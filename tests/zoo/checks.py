@@ -159,7 +159,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in tensors:
+        if name in tensors and tensor.shape == tensors[name].shape:  # some networks make a buffer anew in forward
             tensor.copy_(tensors[name])
     module.train()
 
