@@ -20,6 +20,7 @@ ORDER = [
         "snapshots",
         "turns",
         "recomputing",
+        "sharding",
         "swapping",
         "traced",
         "tracing",

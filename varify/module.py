@@ -21,6 +21,7 @@ from varify.prediction import gather
 from varify.priors import Prior
 from varify.programs import Programs
 from varify.rewriting import Program
+from varify.sharding import gathered, is_sharded, whole
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
 from varify.trees import Tree
@@ -89,7 +90,9 @@ class VariationalModule(nn.Module):
             }
         with self._turns.reading():
             return {
-                name: GaussianPosterior(site.parameter, self.rho.get(name), self.prior.get(name), self.fixed.get(name))
+                name: GaussianPosterior(
+                    whole(site.parameter), whole(self.rho.get(name)), self.prior.get(name), self.fixed.get(name)
+                )
                 for name, site in self._live_programs().sites.items()
             }
 
@@ -199,7 +202,7 @@ class VariationalModule(nn.Module):
         """
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
-        with self.in_eval():
+        with self.in_eval(), gathered(self):
             program, tensors = self._find(args, kwargs)
             draws, vectorized = many(
                 lambda theta: self._run(program, theta, tensors),
@@ -407,6 +410,8 @@ class VariationalModule(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but all or nothing: where torch would refuse halfway, nothing has changed yet."""
+        if is_sharded(self):  # it can't be copied, and torch has matched the state to its parts
+            return super().load_state_dict(state_dict, strict, assign)
         trial = weightless_copy(self)
         try:
             with warnings.catch_warnings():
