@@ -1,0 +1,1 @@
+"""Worked examples: `python -m tests.examples.with_lightning`, `python -m tests.examples.with_transformers`."""

@@ -1,0 +1,96 @@
+"""A variational network in Hugging Face's Trainer: a small BERT, the divergence in the loss once, and in the log."""
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+import varify
+
+
+class VariationalTrainer(Trainer):
+    """Adds beta·KL/num_data to the loss that the network itself returns, and logs both.
+
+    Files: the Trainer's own checkpoints hold tensors alone; `varify.save` keeps the priors as well.
+    """
+
+    def __init__(self, vnet: varify.VariationalModule, *, num_data: int, beta: float = 1.0, **options: Any) -> None:
+        super().__init__(vnet, **options)
+        self.vnet, self.num_data, self.beta = vnet, num_data, beta
+        # The Trainer divides the loss by the number of accumulated batches, unless it believes that the network did.
+        self.model_accepts_loss_kwargs = False
+        self.terms: dict[str, Tensor] = {}
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        nll = outputs["loss"]
+        if not model.training:
+            return (nll, outputs) if return_outputs else nll
+        kl = self.vnet.prior_loss()
+        self.terms = {"nll": nll.detach(), "kl": kl.detach()}
+        loss = nll + self.beta * kl / self.num_data
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **{name: term.item() for name, term in self.terms.items()}}, *args, **kwargs)
+
+
+class Parity(Dataset[dict[str, Tensor]]):
+    """Sequences of twelve tokens; the label tells which of two tokens comes first."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(4, 20, (size, 12), generator=generator)
+        places = torch.stack([torch.randperm(12, generator=generator)[:2] for _ in range(size)])
+        self.tokens[torch.arange(size), places[:, 0]] = 2
+        self.tokens[torch.arange(size), places[:, 1]] = 3
+        self.labels = (places[:, 0] < places[:, 1]).long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
+
+
+def main(steps: int = 300, beta: float = 0.01, **options: Any) -> VariationalTrainer:
+    """Trains; `options` are those of `TrainingArguments`."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    vnet = varify.variationalize(BertForSequenceClassification(config), init=varify.inits.Constant(0.003))
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "max_steps": steps,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "logging_steps": 20,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,  # the forward of a variational module takes whatever its network takes
+            "label_names": ["labels"],
+        }
+        trainer = VariationalTrainer(
+            vnet,
+            num_data=4000,
+            beta=beta,
+            args=TrainingArguments(**{**settings, **options}),
+            train_dataset=Parity(4000, 0),
+            eval_dataset=Parity(200, 1),
+            compute_metrics=lambda told: {"accuracy": float((told.predictions.argmax(-1) == told.label_ids).mean())},
+        )
+        trainer.train()
+        return trainer
+
+
+if __name__ == "__main__":
+    print(main().evaluate())
