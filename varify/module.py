@@ -24,6 +24,7 @@ from varify.rewriting import Program
 from varify.sharding import gathered, is_sharded, whole
 from varify.selection import Site, aliases, matching, sites
 from varify.summary import Row, Summary
+from varify.swapping import Swap
 from varify.trees import Tree
 from varify.turns import Turns
 
@@ -127,7 +128,9 @@ class VariationalModule(nn.Module):
         estimating = self.training and not self._sampling and self._noise is None
         wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
         program, tensors = self._find(args, kwargs, wanted, self._strict)
-        return self._run(program, self._theta(program), tensors)
+        theta = self._theta(program)
+        with self._as_written(program, theta, tensors):
+            return self._run(program, theta, tensors)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
@@ -147,6 +150,28 @@ class VariationalModule(nn.Module):
     def _run(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
         with self._turns.writing() if program.swaps else nullcontext():
             return program(self, theta, tensors)
+
+    @contextmanager
+    def _as_written(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Iterator[None]:
+        """An error within a program is raised again where the user's own code has it, with the same weights."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if "" in program.opaque:  # it was the user's own code that ran
+                raise
+            args, kwargs = program.call_of(tensors)
+            weights = {name: w.mu if isinstance(w, Moments) else w for name, w in theta.items()}
+            buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+            try:
+                Swap(self.module, weights, self._turns).call(self.module, *args, **kwargs)
+            except Exception as own:
+                raise own from None
+            finally:
+                for buffer, value in buffers:
+                    buffer.data.copy_(value)
+            raise
 
     def _theta(self, program: Program) -> dict[str, Any]:
         """What a program is given for the parameters: a draw, or the moments of those it has an estimator for."""
@@ -204,13 +229,14 @@ class VariationalModule(nn.Module):
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
         with self.in_eval(), gathered(self):
             program, tensors = self._find(args, kwargs)
-            draws, vectorized = many(
-                lambda theta: self._run(program, theta, tensors),
-                lambda: draw(self._posteriors(), self._noise),
-                n_samples,
-                False if program.sets_attributes else vectorize,
-                slow=self._slow_at_once(),
-            )
+            with self._as_written(program, {}, tensors):  # at the means, should it fail
+                draws, vectorized = many(
+                    lambda theta: self._run(program, theta, tensors),
+                    lambda: draw(self._posteriors(), self._noise),
+                    n_samples,
+                    False if program.sets_attributes else vectorize,
+                    slow=self._slow_at_once(),
+                )
         return gather(draws, outputs, class_dim, vectorized)
 
     def _slow_at_once(self) -> bool:

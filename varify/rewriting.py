@@ -49,6 +49,10 @@ class Program:
         """What to run it on for a call of the layout it was made for; any call will do where it was made for any."""
         return [args, dict(kwargs)] if self._layout is None else self._layout.tensors_of(args, kwargs)
 
+    def call_of(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of the call that `tensors` are of."""
+        return (tensors[0], tensors[1]) if self._layout is None else self._layout.rebuild(tensors)
+
     def __call__(self, holder: torch.nn.Module, theta: Mapping[str, Any], tensors: Sequence[Tensor]) -> Any:
         """Run it.
 
