@@ -14,6 +14,7 @@ from tests.test_machinery import assert_gradients, data, gradients, mlp, without
 # torch's compiler uses what torch has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
     torch.compiler.reset()
@@ -135,3 +136,25 @@ def test_the_mean_model_exports() -> None:
     x = torch.randn(4, 1, 8, 8)
     exported = torch.export.export(vnet.mean_model(), (x,))
     torch.testing.assert_close(exported.module()(x), vnet(x))
+
+
+def test_a_compiled_network_with_a_shared_module_and_a_tied_weight() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+            self.b, self.c = self.a, nn.Linear(3, 3)
+            self.c.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.tanh(self.b(self.a(x))))
+
+    torch.manual_seed(0)
+    vnet = varify.variationalize(Network(), init=varify.inits.Constant(0.5))
+    kept = [vnet.module.a.weight, vnet.module.a.bias, vnet.module.c.bias]
+    x = torch.randn(4, 3)
+    output = torch.compile(vnet, fullgraph=True)(x)
+    assert all(a is b for a, b in zip(kept, vnet.parameters(), strict=False))
+    w = torch.autograd.grad(output.sum(), [vnet.rho.get("a.weight"), vnet.rho.get("c.bias")])
+    assert all(grad.any() for grad in w)
+    torch.testing.assert_close(torch.compile(without_noise(vnet), fullgraph=True)(x), vnet.module(x))

@@ -32,7 +32,9 @@ class Network(nn.Module):
 
 def make(seed: int = 0) -> varify.VariationalModule:
     torch.manual_seed(seed)
-    return varify.variationalize(Network(), init=varify.inits.Constant(0.1), prior=varify.priors.Gaussian(centered=True))
+    return varify.variationalize(
+        Network(), init=varify.inits.Constant(0.1), prior=varify.priors.Gaussian(centered=True)
+    )
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -163,9 +165,7 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     again = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     loaded = make(seed=6)
     fully_shard(loaded, mesh=dist.init_device_mesh("cpu", (RANKS,)))
-    set_model_state_dict(
-        loaded, gathered, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
+    set_model_state_dict(loaded, gathered, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     back = get_model_state_dict(loaded, options=whole)
     drawn = vnet(batch()[0]).detach()
     return {

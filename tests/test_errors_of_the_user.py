@@ -75,9 +75,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], tuple[Any, ...], 
 @pytest.mark.parametrize("used", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("way", ["train", "sampling", "eval", "predict"])
 @pytest.mark.parametrize(("make", "good", "bad", "kwargs", "line"), BAD.values(), ids=BAD.keys())
-def test_the_users_own_exception(
-    make: Any, good: Any, bad: Any, kwargs: Any, line: str, way: str, used: bool
-) -> None:
+def test_the_users_own_exception(make: Any, good: Any, bad: Any, kwargs: Any, line: str, way: str, used: bool) -> None:
     torch.manual_seed(0)
     network = make().train(way == "train")
     vnet = varify.variationalize(network)

@@ -5,6 +5,7 @@ refusal was caught by somebody else's `except`. Such code is found by its byteco
 """
 
 import dis
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,12 @@ def watched(report: Callable[[str], Any]) -> Iterator[None]:
             if found is not None:
                 report(found)
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # others' callbacks of the collector would be taken for the network's code
     sys.setprofile(on_event)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collecting:
+            gc.enable()

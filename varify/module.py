@@ -22,7 +22,7 @@ from varify.priors import Prior
 from varify.programs import Programs
 from varify.rewriting import Program
 from varify.sharding import gathered, is_sharded, whole
-from varify.selection import Site, aliases, matching, sites
+from varify.selection import Site, aliases, matching, places, sites
 from varify.summary import Row, Summary
 from varify.swapping import Swap
 from varify.trees import Tree
@@ -63,6 +63,7 @@ class VariationalModule(nn.Module):
             self.rho.put(name, rho)
             self.prior.put(name, bound_priors[name])
         self._chosen = list(rhos)
+        self._places = places(network)
         self._skipped = skipped
         self._estimators = dict(estimators)
         self._strict = strict
@@ -138,7 +139,9 @@ class VariationalModule(nn.Module):
             raise EstimatorError("strict=True: under torch.compile weights are drawn, whatever the estimator")
         if not (self.training or self._sampling):
             return self.module(*args, **kwargs)
-        return functional_call(self.module, draw(self._posteriors(), self._noise), args, kwargs)
+        theta = draw(self._posteriors(), self._noise)
+        in_place = {name: theta[first] for name, first in self._places.items() if first in theta}
+        return functional_call(self.module, in_place, args, kwargs, tie_weights=False)
 
     def _find(
         self, args: Any, kwargs: Any, wanted: Mapping[str, str] | None = None, strict: bool = False

@@ -62,6 +62,17 @@ def aliases(network: nn.Module) -> dict[str, str]:
     return {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
 
 
+def places(network: nn.Module) -> dict[str, str]:
+    """First name of the parameter at each place that holds one: a shared module is one place, a tied weight two."""
+    first = {id(site.parameter): name for name, site in sites(network).items()}
+    return {
+        f"{path}.{attr}" if path else attr: first[id(parameter)]
+        for path, module in network.named_modules()
+        for attr, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def matches(name: str, pattern: str | Sequence[str]) -> bool:
     """Whether a glob, or one of several, matches a parameter's name."""
     return any(fnmatchcase(name, glob) for glob in ([pattern] if isinstance(pattern, str) else pattern))

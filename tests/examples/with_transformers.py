@@ -61,9 +61,7 @@ class Parity(Dataset[dict[str, Tensor]]):
 def main(steps: int = 300, beta: float = 0.01, **options: Any) -> VariationalTrainer:
     """Trains; `options` are those of `TrainingArguments`."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
-    )
+    config = BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     vnet = varify.variationalize(BertForSequenceClassification(config), init=varify.inits.Constant(0.003))
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {

@@ -59,12 +59,12 @@ def examine(name: str, entry: Entry) -> Record:
         record.parameters = sum(p.numel() for p in network.parameters())
         with record.noting("converts"):
             vnet = varify.variationalize(network)
-            _examine(record, entry, network, vnet)
+            examine_as(record, entry, network, vnet)
     record.seconds = time.perf_counter() - start
     return record
 
 
-def _examine(record: Record, entry: Entry, network: nn.Module, vnet: varify.VariationalModule) -> None:
+def examine_as(record: Record, entry: Entry, network: nn.Module, vnet: varify.VariationalModule) -> None:
     call = entry.call()
     again = copy.deepcopy if record.parameters < 1e6 else _itself  # what counts its calls has made none then
     record.variational = sum(q.mu.numel() for q in vnet.posteriors.values())

@@ -161,6 +161,22 @@ class TrainingHead(nn.Module):
         return (self.head(x), self.extra(x)) if self.training else self.head(x)
 
 
+class SharedAttention(nn.Module):
+    """One module at two places, which torch.fx can't follow; torch.func.functional_call takes it for two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(4, 2)
+        self.second = self.first
+        self.cells = nn.ModuleList([nn.GRU(4, 4)] * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        x = self.second(self.first(x, x, x)[0], x, x)[0]
+        return self.cells[1](self.cells[0](x)[0])[0]
+
+
 def hooked_everywhere() -> nn.Module:
     network = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 2))
     network.register_forward_pre_hook(_double_input)
@@ -206,6 +222,7 @@ def entries() -> Zoo:
         "buffers written in forward": Entry(Ema, x),
         "a non-leaf attribute": Entry(NonLeaf, x),
         "a head in training only": Entry(TrainingHead, x),
+        "a module at two places": Entry(SharedAttention, positional(floats(3, 2, 4))),
         "hooks of all kinds": Entry(hooked_everywhere, x),
         "a frozen body": Entry(frozen_body, positional(floats(3, 2, 6))),
         "old weight_norm of a whole kernel": Entry(old_weight_norm, positional(floats(3, 2, 6))),
