@@ -127,7 +127,7 @@ def test_a_compiled_network_with_estimators_draws_weights_and_strict_says_so() -
     x, _ = data()
     vnet = mlp(estimator="local")
     assert torch.compile(vnet, fullgraph=True)(x).shape == (16, 2)
-    with pytest.raises(Exception, match="strict=True: under torch.compile weights are drawn"):
+    with pytest.raises(Exception, match=r"strict=True: under torch\.compile weights are drawn"):
         torch.compile(mlp(estimator="local", strict=True), fullgraph=True)(x)
 
 

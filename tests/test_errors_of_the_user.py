@@ -72,6 +72,16 @@ BAD: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], tuple[Any, ...], 
 }
 
 
+def call(vnet: varify.VariationalModule, way: str, args: Any, kwargs: Any) -> None:
+    if way == "predict":
+        vnet.predict(*args, n_samples=2, **kwargs)
+    elif way == "sampling":
+        with vnet.sampling():
+            vnet(*args, **kwargs)
+    else:
+        vnet(*args, **kwargs)
+
+
 @pytest.mark.parametrize("used", [False, True], ids=["first call", "later call"])
 @pytest.mark.parametrize("way", ["train", "sampling", "eval", "predict"])
 @pytest.mark.parametrize(("make", "good", "bad", "kwargs", "line"), BAD.values(), ids=BAD.keys())
@@ -88,13 +98,7 @@ def test_the_users_own_exception(make: Any, good: Any, bad: Any, kwargs: Any, li
     with pytest.raises(Exception) as expected:  # noqa: PT011  # whatever the network raises
         network(*bad, **kwargs)
     with pytest.raises(type(expected.value)) as found:
-        if way == "predict":
-            vnet.predict(*bad, n_samples=2, **kwargs)
-        elif way == "sampling":
-            with vnet.sampling():
-                vnet(*bad, **kwargs)
-        else:
-            vnet(*bad, **kwargs)
+        call(vnet, way, bad, kwargs)
     assert str(found.value) == str(expected.value)
     own = [(f.lineno, f.name) for f in traceback.extract_tb(expected.value.__traceback__)][1:]
     assert [(f.lineno, f.name) for f in traceback.extract_tb(found.value.__traceback__)][-len(own) or 99 :] == own

@@ -87,7 +87,7 @@ def test_ties_and_all_kinds_of_parameters(name: str, tmp_path: Path) -> None:
     varify.save(vnet, tmp_path / "a")
     loaded = varify.load(tmp_path / "a", seeded(CASES[name]))
     assert_same(loaded, vnet)
-    names = {n: p for n, p in loaded.module.named_parameters(remove_duplicate=False)}
+    names = dict(loaded.module.named_parameters(remove_duplicate=False))
     for n, p in vnet.module.named_parameters(remove_duplicate=False):
         for m, q in vnet.module.named_parameters(remove_duplicate=False):
             assert (p is q) == (names[n] is names[m])
@@ -141,7 +141,7 @@ def test_another_network(tmp_path: Path) -> None:
     varify.save(variational(), tmp_path / "a")
     with pytest.raises(varify.StructureError, match=r"of a Sequential in which conv\.weight \(3, 1, 3, 3\)"):
         varify.load(tmp_path / "a", nn.Linear(2, 2))
-    with pytest.raises(varify.ModelError, match="nn.Module is needed"):
+    with pytest.raises(varify.ModelError, match=r"nn\.Module is needed"):
         varify.load(tmp_path / "a", "a name")  # type: ignore[arg-type]
     bigger = nn.Sequential(OrderedDict([*network().named_children(), ("more", nn.BatchNorm2d(2))]))
     with pytest.raises(RuntimeError, match=r"module\.more\.weight"):
@@ -171,7 +171,7 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> Non
 def test_a_prior_of_ones_own_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     varify.save(variational(prior=varify.priors.ScaleMixture(1.0, 0.1, 0.5)), tmp_path / "a")
     monkeypatch.delitem(varify.priors.KINDS, "mixtgauss")
-    with pytest.raises(varify.PriorError, match="'mixtgauss' for conv.weight; import the module that registers it"):
+    with pytest.raises(varify.PriorError, match=r"'mixtgauss' for conv\.weight; import the module that registers it"):
         varify.load(tmp_path / "a", network())
 
 

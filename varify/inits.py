@@ -26,7 +26,8 @@ class Init:
 
         Args:
             w: `(*shape)`, the parameter, in single precision or better.
-            prior_std: `(*shape)`, the prior's standard deviation; 1/sqrt(fan_in) where the prior tells none.
+            prior_std: `(*shape)`, the prior's standard deviation; 1/sqrt(fan_in) where the prior tells none. A view,
+                not to be written into.
 
         Returns:
             mu and rho, each `(*shape)`.

@@ -21,8 +21,8 @@ from varify.prediction import gather
 from varify.priors import Prior
 from varify.programs import Programs
 from varify.rewriting import Program
-from varify.sharding import gathered, is_sharded, whole
 from varify.selection import Site, aliases, matching, places, sites
+from varify.sharding import gathered, is_sharded, whole
 from varify.summary import Row, Summary
 from varify.swapping import Swap
 from varify.trees import Tree

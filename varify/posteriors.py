@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 PRUNED = 2  # in a mask of fixed weights
 
 
+@torch.no_grad()
 def softplus_inverse(sigma: Tensor) -> Tensor:
-    """Rho with softplus(rho) = sigma, for sigma > 0, elementwise."""
-    # log(exp(s) - 1) overflows from s = 89 in float32 and loses all digits near 0; this form does neither.
-    return sigma + torch.log(-torch.expm1(-sigma))
+    """Rho with softplus(rho) = sigma, for sigma > 0, elementwise; without gradient."""
+    # log(exp(s) - 1) overflows from s = 89 in float32 and loses all digits near 0; sigma + log(-expm1(-sigma)) does
+    # neither. In place, for a network may be one large matrix.
+    return sigma.neg().expm1_().neg_().log_().add_(sigma)
 
 
 class Posterior(Protocol):

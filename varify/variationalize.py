@@ -62,10 +62,12 @@ def variationalize(
     rhos = {}
     for name, site in chosen.items():
         mu, rho = _start(chosen_inits[name], site, bound[name])
-        if name in fixed:
-            mu = torch.where(fixed[name].to(mu.device) == 0, mu, site.parameter.detach().to(mu.dtype))
         parameter = inside[name].parameter
         parameter.data.copy_(mu)
+        del mu
+        if name in fixed:
+            kept = fixed[name].to(parameter.device) != 0
+            parameter.data[kept] = site.parameter.detach()[kept]
         rhos[name] = nn.Parameter(rho, requires_grad=site.parameter.requires_grad and learn_rho)
         parameter.requires_grad_(parameter.requires_grad and learn_mu)
     vnet = VariationalModule(network, rhos, bound, skipped, chosen_estimators, strict)
@@ -81,5 +83,8 @@ def _start(init: inits.Init, site: Site, prior: Prior) -> tuple[Tensor, Tensor]:
     std = prior.weight_std()
     if std is None:
         std = priors.Gaussian().for_parameter(w, site.fan_in).weight_std()
-    mu, rho = init(w, torch.as_tensor(std, dtype=w.dtype, device=w.device).expand_as(w).clone())
-    return mu, rho.contiguous().clone()
+    std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
+    mu, rho = init(w, std.expand_as(w))
+    rho = rho.contiguous()
+    others = {t.untyped_storage().data_ptr() for t in (w, std, mu)}
+    return mu, rho.clone() if rho.untyped_storage().data_ptr() in others else rho

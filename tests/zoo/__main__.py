@@ -1,4 +1,4 @@
-"""Writes tests/zoo/README.md: every architecture, and what was found. `python -m tests.zoo [group ...]` prints alone."""
+"""Every architecture, and what was found: writes tests/zoo/README.md; `python -m tests.zoo [group ...]` only prints."""
 
 import datetime
 import importlib.metadata
