@@ -435,20 +435,6 @@ def test_saved_whole_and_loaded() -> None:
     assert not torch.equal(loaded(x()), vnet(x()))  # a copy, with closures of its own
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu() -> None:
-    for vnet in (mlp().cuda(), varify.variationalize(mlp().module.cuda()), copy.deepcopy(mlp()).to("cuda")):
-        vnet(x().cuda()).sum().backward()
-        vnet.prior_loss().backward()
-        assert {p.grad.device.type for p in vnet.parameters()} == {"cuda"}
-        assert vnet.predict(x().cuda()).samples.is_cuda
-        torch.manual_seed(0)
-        first = vnet(x().cuda())
-        torch.manual_seed(0)
-        assert torch.equal(vnet(x().cuda()), first)
-
-
 def test_attributes_that_change_between_calls_are_live() -> None:
     class Tempered(nn.Module):
         def __init__(self) -> None:

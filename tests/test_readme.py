@@ -23,7 +23,8 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
-def test_the_readmes_code_runs() -> None:
+def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     train_set = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
     names = {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
@@ -39,6 +40,7 @@ def test_the_readmes_code_runs() -> None:
     assert len(BLOCKS) >= 6
     assert isinstance(names["pred"], varify.Prediction)
     assert names["terms"].loss.isfinite()
+    assert (tmp_path / "net.safetensors").exists()
 
 
 def test_what_the_readme_names_exists() -> None:

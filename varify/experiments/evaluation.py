@@ -5,10 +5,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy, multiclass_calibration_error
 
 from varify import Prediction, VariationalModule
+from varify.experiments import operators
 from varify.experiments.data import Images
+
+operators.declare()  # torchmetrics imports torchvision
+
+from torchmetrics.functional.classification import (  # noqa: E402
+    binary_auroc,
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
 
 BINS = 10
 BATCH = 1000
