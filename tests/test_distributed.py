@@ -160,7 +160,7 @@ def with_fsdp(rank: int) -> dict[str, Any]:
     optimizer.zero_grad()
     kl = vnet.prior_loss()  # before a forward, when each rank has its part of the parameters
     kl.backward()
-    kl_grad = vnet.rho.get("fc.weight").grad.full_tensor()
+    kl_grad = vnet.rho.leaf_at("fc.weight").grad.full_tensor()
     prediction = vnet.predict(batch()[0], n_samples=3)
     again = {name: value for name, value in gathered.items() if isinstance(value, Tensor)}
     loaded = make(seed=6)
@@ -175,7 +175,7 @@ def with_fsdp(rank: int) -> dict[str, Any]:
         "kl": kl.detach(),
         "kl grad": kl_grad,
         "plain kl": plain.prior_loss().detach(),
-        "plain kl grad": torch.autograd.grad(plain.prior_loss(), plain.rho.get("fc.weight"))[0],
+        "plain kl grad": torch.autograd.grad(plain.prior_loss(), plain.rho.leaf_at("fc.weight"))[0],
         "predicted": prediction.samples,
         "drawn": drawn,
     }

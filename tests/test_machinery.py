@@ -1,7 +1,10 @@
 """torch's ways of running, differentiating and averaging a module."""
 
 import copy
+import random
+import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import varify
 from tests.networks import CASES, seeded
 from tests.zoo.own_networks import Checkpointed
+from varify.turns import Turns
 
 
 def mlp(**options: Any) -> varify.VariationalModule:
@@ -325,6 +330,124 @@ def _at_once(jobs: list[Callable[[], None]], wrong: list[str]) -> None:
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+def test_threads_never_share_a_draw_nor_see_each_others_weights() -> None:
+    vnet = varify.variationalize(seeded(CASES["untraceable"]), init=varify.inits.Constant(1.0))
+    x = torch.ones(2, 3)
+    state = {name: value.clone() for name, value in vnet.state_dict().items() if isinstance(value, Tensor)}
+    rows: list[tuple[float, ...]] = []
+    wrong: list[str] = []
+
+    def predicting() -> None:
+        for _ in range(40):
+            rows.extend(tuple(draw.flatten().tolist()) for draw in vnet.predict(x, n_samples=8).samples)
+
+    def looking() -> None:
+        for _ in range(100):
+            found = vnet.state_dict()
+            if not all(torch.equal(found[name], value) for name, value in state.items()):
+                wrong.append("a state dict")
+            if not all(isinstance(p, nn.Parameter) for p in copy.deepcopy(vnet).module.parameters()):
+                wrong.append("a copy")
+            vnet.zero_grad()
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        _at_once([predicting, predicting, looking], wrong)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert len(set(rows)) == len(rows) == 640
+
+
+def test_another_threads_random_numbers_are_its_own_and_hide_nothing() -> None:
+    drawn: list[float] = []
+    done = threading.Event()
+
+    def drawing() -> None:
+        while not done.is_set():
+            drawn.append(random.random())
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=drawing)
+    thread.start()
+    try:
+        for _ in range(10):
+            vnet = mlp(estimator="local", strict=True)
+            vnet(torch.randn(4, 3))
+            assert not vnet.summary().opaque
+    finally:
+        done.set()
+        thread.join()
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_backward_of_a_checkpoint_on_another_thread_within_an_opaque_forward() -> None:
+    class Forces(nn.Module):
+        """What an autograd engine with threads of its own does, as CUDA's does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            energy = checkpoint(lambda t: torch.tanh(self.fc(t)), x, use_reentrant=False).sum()
+            found: list[Tensor] = []
+            thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(energy, x)))
+            thread.start()
+            thread.join(20)
+            return found[0]
+
+    vnet = varify.variationalize(Forces(), init=varify.inits.Constant(1.0))
+    x = torch.randn(2, 3, requires_grad=True)
+    with vnet.fixed_draw():
+        torch.testing.assert_close(vnet(x), vnet.sample_model()(x))
+
+
+def test_modes_and_contexts_survive_threads() -> None:
+    vnet = varify.variationalize(seeded(CASES["untraceable"]))
+    entered, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with vnet.sampling():
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(20)
+    with vnet.sampling():
+        leave.set()
+        thread.join()
+    x = torch.ones(2, 3)
+    assert torch.equal(vnet.eval()(x), vnet(x))
+    with vnet.train().in_eval():
+        vnet.eval()
+    assert not any(module.training for module in vnet.module.modules())
+    with vnet.in_eval():
+        vnet.train()
+    assert all(module.training for module in vnet.module.modules())
+
+
+def test_two_threads_that_want_draws_from_within_a_forward_at_the_mean_are_told() -> None:
+    turns = Turns()
+    reading = threading.Barrier(2, timeout=20)
+    told: list[str] = []
+
+    def upgrade() -> None:
+        with turns.reading():
+            reading.wait()
+            try:
+                with turns.writing():
+                    pass
+            except RuntimeError as error:
+                told.append(str(error))
+
+    _at_once([upgrade, upgrade], told)
+    assert len(told) == 1
+    assert "both ask it for draws" in told[0]
 
 
 def test_threads_with_networks_of_their_own() -> None:

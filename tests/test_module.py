@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -560,3 +561,119 @@ def test_checkpointing_has_the_gradients_of_the_drawn_weights(reentrant: bool) -
         gradients.append([p.grad for p in vnet.parameters()])
     for plain, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, plain)
+
+
+def test_an_attribute_that_hides_one_of_its_class_and_one_of_another_type() -> None:
+    class Tempered(nn.Module):
+        temperature = 1.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.options, self.k = nn.Linear(3, 2), None, 2
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            shift = 0.0 if self.options is None else self.options[0]
+            return self.fc(inputs) / self.temperature + shift + torch.full((2,), self.k)
+
+    vnet = varify.variationalize(Tempered())
+    with vnet.fixed_draw():
+        first = vnet(x())
+        vnet.module.temperature = 10.0
+        torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 2)
+        vnet.module.options = [1, 2]
+        torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 3)
+        vnet.module.k = 2.5
+        torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 3.5)
+
+
+def test_untying_after_the_conversion_is_noticed() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    vnet = varify.variationalize(network)
+    vnet(x())
+    vnet.module[1].weight = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(varify.StructureError, match=r"1\.weight of vnet\.module changed since the conversion"):
+        vnet(x())
+
+
+class Borrowing(nn.Module):
+    """Uses a weight of another layer's, which it holds in a list; torch.fx can't follow it."""
+
+    def __init__(self, lender: nn.Module) -> None:
+        super().__init__()
+        self.lender, self.bias = [lender], nn.Parameter(torch.zeros(5))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return nn.functional.linear(hidden, self.lender[0].weight) + self.bias
+
+
+def test_a_weight_that_an_opaque_module_borrows_is_the_same_draw() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+            self.head = Borrowing(self.embedding)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    vnet = varify.variationalize(Tied(), init=varify.inits.Constant(1.0))
+    tokens = torch.arange(5)
+    kept = vnet.module.embedding.weight
+    with vnet.fixed_draw():
+        torch.testing.assert_close(vnet(tokens), vnet.sample_model()(tokens))
+    assert set(vnet.summary().opaque) == {"head"}
+    assert vnet.module.embedding.weight is kept
+
+
+def test_names_that_are_methods_elsewhere() -> None:
+    network = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("get", "put", "leaf", "fix", "code")})
+    assert len(varify.variationalize(network, where="*").posteriors) == 10
+
+
+def test_draws_within_a_cached_parametrization_differ() -> None:
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    vnet = varify.variationalize(net)
+    with nn.utils.parametrize.cached():
+        for vectorize in (True, False):
+            assert vnet.predict(x(), n_samples=3, vectorize=vectorize).std.all()
+        vnet(x())
+    with vnet.sampling():
+        assert not torch.equal(vnet(x()), vnet(x()))
+
+
+def test_a_generator_keeps_its_protocol_and_its_weights() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.caught = nn.Linear(3, 3), 0
+
+        def forward(self, inputs: Tensor) -> Any:
+            return {"steps": self.steps(inputs)}
+
+        def steps(self, inputs: Tensor) -> Any:
+            try:
+                scale = yield self.fc(inputs)
+                yield self.fc(inputs) * scale
+            except KeyError:
+                self.caught += 1
+                yield self.fc(inputs) * 0
+            return "the end"
+
+    vnet = varify.variationalize(Steps(), init=varify.inits.Constant(1.0))
+    with vnet.fixed_draw():
+        drawn = vnet.sample_model().fc(x())
+        steps = vnet(x())["steps"]
+        torch.testing.assert_close(next(steps), drawn)
+        torch.testing.assert_close(steps.send(3.0), 3 * drawn)
+        with pytest.raises(StopIteration, match="the end"):
+            next(steps)
+        steps = vnet(x())["steps"]
+        next(steps)
+        assert not steps.throw(KeyError("a reason")).any()
+        assert vnet.module.caught == 1
+        steps = vnet(x())["steps"]
+        next(steps)
+        steps.close()
+    assert isinstance(vnet.module.fc.weight, nn.Parameter)

@@ -4,8 +4,10 @@ import copy
 import gc
 import io
 import pickle
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -181,3 +183,44 @@ def test_the_garbage_collectors_callbacks_are_not_the_networks_code() -> None:
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(callback)
+
+
+DRAWING = {
+    "python": random.random,
+    "python's gauss": lambda: random.gauss(0.0, 1.0),
+    "python's choice": lambda: random.choice([1.0, 2.0, 3.0, 4.0, 5.0]),
+    "numpy": lambda: float(np.random.rand()),
+    "numpy's normal": lambda: float(np.random.normal(size=1)[0]),
+    "torch": lambda: float(torch.rand(())),
+    "torch on a device": lambda: torch.randint(100, (1,), device="cpu"),
+    "torch in place": lambda: torch.empty(1, device="cpu").normal_(),
+}
+
+
+@pytest.mark.parametrize("number", DRAWING.values(), ids=DRAWING.keys())
+def test_random_numbers_are_drawn_at_every_call_and_none_by_tracing(number: Any) -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * number()
+
+    network = nn.Sequential(nn.Linear(2, 2), Drawing())
+    vnet = varify.variationalize(network)
+    without_sigma(vnet)
+    x = torch.ones(1, 2)
+    results = []
+    with vnet.sampling(), vnet.fixed_draw():
+        vnet.sample_model()
+        for one in (network, vnet):
+            torch.manual_seed(0), random.seed(0), np.random.seed(0)
+            results.append(torch.stack([one(x) for _ in range(4)]))
+    torch.testing.assert_close(*results)
+    assert len({tuple(row.flatten().tolist()) for row in results[0]}) > 1
+
+
+def without_sigma(vnet: varify.VariationalModule) -> None:
+    for q in vnet.posteriors.values():
+        q.rho.data.fill_(-200.0)

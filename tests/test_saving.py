@@ -58,7 +58,7 @@ PRIORS = {
 def test_a_file_keeps_everything(prior: Any, tmp_path: Path) -> None:
     vnet = variational(prior=prior, estimator={"conv*": "flipout"}, strict=True)
     varify.prune(vnet, 0.3)
-    vnet.rho.get("conv.bias").requires_grad_(False)
+    vnet.rho.leaf_at("conv.bias").requires_grad_(False)
     varify.save(vnet, tmp_path / "net.safetensors")
     plain = network(seed=1)
     before = copy.deepcopy(plain.state_dict())
@@ -83,7 +83,7 @@ def test_a_file_keeps_everything(prior: Any, tmp_path: Path) -> None:
     "name", ["tied", "called twice", "raw parameters", "lstm", "transformer", "weight norms", "cnn"]
 )
 def test_ties_and_all_kinds_of_parameters(name: str, tmp_path: Path) -> None:
-    vnet = varify.variationalize(seeded(CASES[name]))
+    vnet = varify.variationalize(seeded(CASES[name]), init=varify.inits.Normal())
     varify.save(vnet, tmp_path / "a")
     loaded = varify.load(tmp_path / "a", seeded(CASES[name]))
     assert_same(loaded, vnet)
@@ -99,7 +99,8 @@ def test_half_precision_and_views(tmp_path: Path) -> None:
     plain.register_buffer("part", plain.whole[:2])
     plain.register_buffer("empty", torch.zeros(0))
     plain.register_buffer("nothing", torch.zeros(0))
-    vnet = varify.variationalize(plain)
+    vnet = varify.variationalize(plain, init=varify.inits.Normal())
+    vnet.module.whole.add_(7)
     varify.save(vnet, tmp_path / "a")
     assert_same(varify.load(tmp_path / "a", copy.deepcopy(plain)), vnet)
 
@@ -179,6 +180,46 @@ def test_a_part_that_is_variational_itself(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2), prior=PRIORS["mixture"]))
 
-    vnet = varify.variationalize(make())
+    vnet = varify.variationalize(make(), init=varify.inits.Normal())
+    varify.prune(vnet.module[1], 0.5)
+    vnet.module[1].rho.leaf_at("weight").requires_grad_(False)
     varify.save(vnet, tmp_path / "a")
     assert_same(varify.load(tmp_path / "a", make()), vnet)
+
+
+def test_what_is_frozen_comes_back_frozen_and_the_file_is_everyones(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    plain[:2].requires_grad_(False)
+    vnet = varify.variationalize(plain)
+    varify.save(vnet, tmp_path / "a")
+    fresh = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    assert_same(varify.load(tmp_path / "a", fresh), vnet)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_versions_of_modules_are_kept(tmp_path: Path) -> None:
+    class Migrates(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            if metadata.get("version") != 2:
+                state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    vnet = varify.variationalize(nn.Sequential(Migrates(2, 2)))
+    varify.save(vnet, tmp_path / "a")
+    assert_same(varify.load(tmp_path / "a", nn.Sequential(Migrates(2, 2))), vnet)
+
+
+@pytest.mark.parametrize("extra", [{1: "a"}, {"a": (1, 2)}, {"a": {1}}])
+def test_extra_state_that_json_would_change_is_refused(extra: Any, tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return extra
+
+        def set_extra_state(self, state: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"module\._extra_state is a dict"):
+        varify.save(varify.variationalize(Odd(2, 2)), tmp_path / "a")
+    assert not list(tmp_path.iterdir())

@@ -101,22 +101,34 @@ class Attributes:
     """The plain values that modules hold, in attributes and in containers there: tracing bakes them in too."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._plain: list[tuple[dict[str, Any], str]] = []
-        self._containers: list[tuple[dict[str, Any], str]] = []
-        for module in modules:
-            own = vars(module)
-            for name, value in own.items():
-                if name.startswith("_") and name in _OF_MODULE:
-                    continue
-                if isinstance(value, PLAIN) and name != "training":
-                    self._plain.append((own, name))
-                elif isinstance(value, (list, tuple, dict, set)):
-                    self._containers.append((own, name))
+        self._owns = [vars(module) for module in modules]
+        self._find()
+
+    def _find(self) -> None:
+        self._sizes = [len(own) for own in self._owns]
+        self._places = [
+            (own, name)
+            for own in self._owns
+            for name, value in own.items()
+            if not (name.startswith("_") and name in _OF_MODULE)
+            and (value is None or isinstance(value, (*PLAIN, *_CONTAINERS)))
+            and name != "training"
+        ]
 
     def key(self) -> tuple[Any, ...]:
-        """Hashable: their values now. Of a container those elements that are plain."""
-        plain = tuple([own.get(name) for own, name in self._plain])
-        return plain, tuple([_plain_in(own.get(name)) for own, name in self._containers])
+        """Hashable: their values now, with their types. Of a container those elements that are plain."""
+        if self._sizes != [len(own) for own in self._owns]:  # an attribute is new, and may hide one of its class
+            self._find()
+        return tuple([_key(own.get(name)) for own, name in self._places])
+
+
+_CONTAINERS = (list, tuple, dict, set)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, PLAIN):
+        return value.__class__, value
+    return _plain_in(value) if isinstance(value, _CONTAINERS) else id(value)
 
 
 _OF_MODULE = frozenset(vars(nn.Module()))

@@ -1,7 +1,10 @@
 """Copies of a network: a faithful one, and a weightless one to trace."""
 
 import copy
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -55,3 +58,27 @@ def _tensors(network: nn.Module) -> Iterator[Tensor]:
         elif isinstance(value, (dict, list, tuple, set)) and id(value) not in seen:
             seen.add(id(value))
             pending.extend(value.values() if isinstance(value, dict) else value)
+
+
+def foreign_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that a module holds otherwise than as its own: in containers and helper objects, itself or by a module."""
+    own = {id(m) for m in module.modules()} | {id(p) for p in module.parameters()}
+    seen = set(own)
+    pending: list[Any] = [vars(m) for m in module.modules()]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Parameter):
+            yield value
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple, set, deque)):
+            pending.extend(value)
+        elif isinstance(value, partial):
+            pending.extend((value.func, value.args, value.keywords))
+        elif isinstance(value, MethodType):
+            pending.append(value.__self__)
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType, Tensor)):
+            pending.append(vars(value))

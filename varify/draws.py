@@ -17,37 +17,46 @@ BYTES_AT_ONCE = 2**28
 
 
 def many(
-    run: Callable[[Theta], Any], draw: Callable[[], Theta], n_samples: int, at_once: bool | None, *, slow: bool = False
+    run: Callable[[Theta], Any],
+    draw: Callable[[], Theta],
+    n_samples: int,
+    at_once: bool | None,
+    *,
+    slow: bool = False,
+    alone: Callable[[Theta], Any] | None = None,
 ) -> tuple[list[Any], bool]:
     """Outputs of `n_samples` draws, in order, and whether they ran at once.
 
     Args:
         run: the network's output for one draw.
-        draw: one draw.
+        draw: one draw. Several are drawn before the first runs, so that they are the same either way.
         n_samples: how many.
         at_once: whether to vectorise; None: unless `slow`.
         slow: the network has operations that are slower vectorised.
+        alone: in the place of `run` for draws that run one after another.
     """
-    if slow if at_once is None else not at_once:
-        return [run(draw()) for _ in range(n_samples)], False
+    alone = alone or run
+    at_once = not slow if at_once is None else at_once
     outputs: list[Any] = []
-    chunk = n_samples
+    most = n_samples
     while len(outputs) < n_samples:
-        random = _random_states()
         thetas = [draw()]
-        chunk = max(1, min(chunk, BYTES_AT_ONCE // _bytes(thetas[0])))
-        thetas += [draw() for _ in range(min(chunk, n_samples - len(outputs)) - 1)]
-        try:
-            outputs += _all_at_once(run, thetas)
-        except torch.OutOfMemoryError:
-            if chunk == 1:
-                raise
-            chunk //= 2
-            _restore(random)
-        except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
-            _restore(random)
-            return outputs + [run(draw()) for _ in range(n_samples - len(outputs))], False
-    return outputs, True
+        chunk = max(1, min(n_samples - len(outputs), BYTES_AT_ONCE // _bytes(thetas[0])))
+        thetas += [draw() for _ in range(chunk - 1)]
+        while thetas:
+            if not at_once:
+                outputs += [alone(theta) for theta in thetas]
+                break
+            try:
+                outputs += _all_at_once(run, thetas[:most])
+                thetas = thetas[most:]
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise
+                most = max(1, min(most, len(thetas)) // 2)
+            except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
+                at_once = False
+    return outputs, at_once
 
 
 def vectorised(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
@@ -127,14 +136,3 @@ def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
 
 def _bytes(theta: Theta) -> int:
     return max(1, sum(int(t.numel() * t.element_size()) for t in theta.values()))
-
-
-def _random_states() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _restore(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

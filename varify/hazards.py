@@ -6,6 +6,7 @@ refusal was caught by somebody else's `except`. Such code is found by its byteco
 
 import dis
 import gc
+import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 # torch's own functions dispatch on traced values; varify's are the tracer; the standard library asks nothing of values.
 _TRUSTED = frozenset({"torch", "varify", *sys.stdlib_module_names} - {"__main__"})
+DRAWS = "it draws random numbers that torch.fx can't see"
 _ASKING = frozenset({"type", "id"})
 _CATCHING = frozenset({"PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH"})
 
@@ -39,9 +41,15 @@ def hazard(code: CodeType) -> str | None:
 
 @contextmanager
 def watched(report: Callable[[str], Any]) -> Iterator[None]:
-    """Within, on this thread, `report` is called with the hazard of every function that is entered and has one."""
+    """Within, on this thread, `report` is called with the hazard of every function that is entered and has one.
+
+    Also with `DRAWS` where a number is drawn from Python's global generator.
+    """
+    generator = random.random.__self__  # type: ignore[attr-defined]
 
     def on_event(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "c_call" and getattr(argument, "__self__", None) is generator:
+            report(DRAWS)
         if event == "call" and str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _TRUSTED:
             found = hazard(frame.f_code)
             if found is not None:

@@ -22,7 +22,8 @@ from varify.priors import Prior
 from varify.programs import Programs
 from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, places, sites
-from varify.sharding import gathered, is_sharded, whole
+from varify.sharding import gathered, is_sharded, refuse_sharded, whole
+from varify.snapshots import unchanged
 from varify.summary import Row, Summary
 from varify.swapping import Swap
 from varify.trees import Tree
@@ -60,14 +61,14 @@ class VariationalModule(nn.Module):
         self.prior = Tree()
         self.fixed = Tree()
         for name, rho in rhos.items():
-            self.rho.put(name, rho)
-            self.prior.put(name, bound_priors[name])
+            self.rho.put_leaf(name, rho)
+            self.prior.put_leaf(name, bound_priors[name])
         self._chosen = list(rhos)
         self._places = places(network)
         self._skipped = skipped
         self._estimators = dict(estimators)
         self._strict = strict
-        self._sampling = False
+        self._sampling = 0
         self._noise: dict[str, Tensor] | None = None
         self._programs: Programs | None = None
         self._turns = Turns()
@@ -86,14 +87,20 @@ class VariationalModule(nn.Module):
         if torch.compiler.is_compiling():  # a compiler can follow this, but no locks
             return {
                 name: GaussianPosterior(
-                    self.module.get_parameter(name), self.rho.get(name), self.prior.get(name), self.fixed.get(name)
+                    self.module.get_parameter(name),
+                    self.rho.leaf_at(name),
+                    self.prior.leaf_at(name),
+                    self.fixed.leaf_at(name),
                 )
                 for name in self._chosen
             }
         with self._turns.reading():
             return {
                 name: GaussianPosterior(
-                    whole(site.parameter), whole(self.rho.get(name)), self.prior.get(name), self.fixed.get(name)
+                    whole(site.parameter),
+                    whole(self.rho.leaf_at(name)),
+                    self.prior.leaf_at(name),
+                    self.fixed.leaf_at(name),
                 )
                 for name, site in self._live_programs().sites.items()
             }
@@ -104,8 +111,9 @@ class VariationalModule(nn.Module):
             lost = [
                 name
                 for name in self._chosen
-                if name not in everything or everything[name].parameter.shape != self.rho.get(name).shape
+                if name not in everything or everything[name].parameter.shape != self.rho.leaf_at(name).shape
             ]
+            lost += [place for place, name in self._places.items() if places(self.module).get(place, name) != name]
             if lost:
                 raise StructureError(
                     f"{listed(lost)} of vnet.module changed since the conversion, and so has no posterior; "
@@ -129,9 +137,7 @@ class VariationalModule(nn.Module):
         estimating = self.training and not self._sampling and self._noise is None
         wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
         program, tensors = self._find(args, kwargs, wanted, self._strict)
-        theta = self._theta(program)
-        with self._as_written(program, theta, tensors):
-            return self._run(program, theta, tensors)
+        return self._run_as_written(program, self._theta(program), tensors)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
@@ -154,27 +160,24 @@ class VariationalModule(nn.Module):
         with self._turns.writing() if program.swaps else nullcontext():
             return program(self, theta, tensors)
 
-    @contextmanager
-    def _as_written(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Iterator[None]:
-        """An error within a program is raised again where the user's own code has it, with the same weights."""
+    def _run_as_written(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
+        """`_run`, in which an error is raised where the user's own code has it: that runs again, with the same weights.
+
+        Where an estimator draws outputs and not weights, with its means.
+        """
         try:
-            yield
+            return self._run(program, theta, tensors)
         except torch.OutOfMemoryError:
             raise
-        except Exception:
+        except Exception as error:
             if "" in program.opaque:  # it was the user's own code that ran
                 raise
-            args, kwargs = program.call_of(tensors)
-            weights = {name: w.mu if isinstance(w, Moments) else w for name, w in theta.items()}
-            buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-            try:
-                Swap(self.module, weights, self._turns).call(self.module, *args, **kwargs)
-            except Exception as own:
-                raise own from None
-            finally:
-                for buffer, value in buffers:
-                    buffer.data.copy_(value)
-            raise
+            failed = error
+        args, kwargs = program.call_of(tensors)
+        weights = {name: w.mu if isinstance(w, Moments) else w for name, w in theta.items()}
+        with unchanged(self.module):
+            Swap(self.module, weights, self._turns).call(self.module, *args, **kwargs)
+        raise failed
 
     def _theta(self, program: Program) -> dict[str, Any]:
         """What a program is given for the parameters: a draw, or the moments of those it has an estimator for."""
@@ -232,14 +235,16 @@ class VariationalModule(nn.Module):
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
         with self.in_eval(), gathered(self):
             program, tensors = self._find(args, kwargs)
-            with self._as_written(program, {}, tensors):  # at the means, should it fail
-                draws, vectorized = many(
-                    lambda theta: self._run(program, theta, tensors),
-                    lambda: draw(self._posteriors(), self._noise),
-                    n_samples,
-                    False if program.sets_attributes else vectorize,
-                    slow=self._slow_at_once(),
-                )
+            slow = self._slow_at_once()
+            draws, vectorized = many(
+                lambda theta: self._run(program, theta, tensors),
+                lambda: draw(self._posteriors(), self._noise),
+                n_samples,
+                False if program.sets_attributes else vectorize,
+                slow=slow or program.one_by_one,
+                alone=lambda theta: self._run_as_written(program, theta, tensors),
+            )
+            program.one_by_one |= vectorize is None and not slow and not vectorized
         return gather(draws, outputs, class_dim, vectorized)
 
     def _slow_at_once(self) -> bool:
@@ -269,11 +274,13 @@ class VariationalModule(nn.Module):
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Within, every forward draws its weights, in eval mode as well."""
-        before, self._sampling = self._sampling, True
+        with _MODES:
+            self._sampling += 1
         try:
             yield
         finally:
-            self._sampling = before
+            with _MODES:
+                self._sampling -= 1
 
     @contextmanager
     def fixed_draw(self, noise: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -322,12 +329,13 @@ class VariationalModule(nn.Module):
         live = self._live_programs().sites
         bound = {name: bind(wanted, live[name]) for name in matching(live, where)}
         for name, new in bound.items():
-            self.prior.put(name, new)
+            self.prior.put_leaf(name, new)
 
     # --- ordinary networks again
 
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
+        refuse_sharded(self, "mean_model()")
         self._hold_pruned()
         with self._turns.reading():
             return copy_network(self.module)
@@ -335,6 +343,7 @@ class VariationalModule(nn.Module):
     @torch.no_grad()
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""
+        refuse_sharded(self, "sample_model()")
         theta = draw(self._posteriors(), self._noise)
         with self._turns.reading():
             sample = copy_network(self.module)
@@ -390,11 +399,21 @@ class VariationalModule(nn.Module):
 
     # --- state
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; while another thread runs the network with drawn weights, it waits."""
+        self._hold_pruned()
+        with self._turns.reading():
+            return super().state_dict(*args, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; while another thread runs the network with drawn weights, it waits."""
+        with self._turns.reading():
+            super().zero_grad(set_to_none)
+
     def get_extra_state(self) -> dict[str, Any]:
         """Priors with their hyper-parameters, and estimators, as numbers and strings."""
-        self._hold_pruned()
         told = {name: {"kind": q.prior.kind, **q.prior.settings()} for name, q in self._posteriors().items()}
-        masked = [name for name in self._chosen if self.fixed.get(name) is not None]
+        masked = [name for name in self._chosen if self.fixed.leaf_at(name) is not None]
         return {"priors": told, "estimators": dict(self._estimators), "fixed": masked}
 
     def set_extra_state(self, state: Any) -> None:
@@ -408,19 +427,19 @@ class VariationalModule(nn.Module):
                     f"it before loading (known: {listed(priors.KINDS, 99)})"
                 )
             if name in self._chosen:
-                made[name] = priors.KINDS[told["kind"]].from_settings(settings).to(self.rho.get(name).device)
+                made[name] = priors.KINDS[told["kind"]].from_settings(settings).to(self.rho.leaf_at(name).device)
         for name, prior in made.items():
-            self.prior.put(name, prior)
+            self.prior.put_leaf(name, prior)
         self._estimators.update({n: e for n, e in state["estimators"].items() if n in self._estimators})
         self.fixed = Tree()
         for name in state["fixed"]:
             if name in self._chosen:
-                self.fix(name, torch.zeros(self.rho.get(name).shape, dtype=torch.int8))
+                self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
         self._programs = None
 
     def fix(self, name: str, mask: Tensor) -> None:
         """Give a parameter the mask `fixed`, `(*shape)`; weights that are `PRUNED` become 0."""
-        self.fixed.put(name, mask.to(torch.int8).to(self.rho.get(name).device))
+        self.fixed.put_leaf(name, mask.to(torch.int8).to(self.rho.leaf_at(name).device))
         self._hold_pruned()
 
     @torch.no_grad()
@@ -434,7 +453,11 @@ class VariationalModule(nn.Module):
     def train(self, mode: bool = True) -> "VariationalModule":
         """As in torch: `train()` draws the weights, `eval()` uses their means."""
         self._hold_pruned()
-        super().train(mode)
+        with _MODES:
+            if self._predicting:  # in another thread, which restores the modes when it is done
+                self._to_eval = list(self.modules()) if mode else []
+            else:
+                super().train(mode)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -465,7 +488,7 @@ class VariationalModule(nn.Module):
         passing: dict[str, Any] = {
             "_programs": None,
             "_noise": None,
-            "_sampling": False,
+            "_sampling": 0,
             "_predicting": 0,
             "_to_eval": [],
         }
@@ -479,9 +502,10 @@ class VariationalModule(nn.Module):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = self.__getstate__()
-        state["_modules"] = {
-            name: copy_network(child, memo) for name, child in self._modules.items() if child is not None
-        }
+        with self._turns.reading():
+            state["_modules"] = {
+                name: copy_network(child, memo) for name, child in self._modules.items() if child is not None
+            }
         new.__setstate__(copy.deepcopy(state, memo))
         return new
 

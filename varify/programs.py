@@ -24,11 +24,20 @@ class Programs:
         self.made: dict[Any, Program] = {}
         self._network = network
         self._modules = tuple(network.modules())
+        first = {id(site.parameter): site for site in sites.values()}
+        self._tied = [
+            (module._parameters, attr, first[id(p)])
+            for module in self._modules
+            for attr, p in module._parameters.items()
+            if id(p) in first and module is not first[id(p)].owner
+        ]
         self._attributes = Attributes(self._modules)
 
     def fits(self, network: nn.Module) -> bool:
-        """Whether `network` still has the modules these were made for."""
-        return self._modules == tuple(network.modules())
+        """Whether `network` still has the modules these were made for, with tied weights still tied."""
+        return self._modules == tuple(network.modules()) and all(
+            table.get(attr) is site.owner._parameters.get(site.attr) for table, attr, site in self._tied
+        )
 
     def find(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Mapping[str, str], strict: bool

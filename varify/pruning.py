@@ -13,6 +13,7 @@ from torch import Tensor
 from varify.module import VariationalModule
 from varify.posteriors import PRUNED
 from varify.selection import matching
+from varify.sharding import refuse_sharded
 
 
 @torch.no_grad()
@@ -23,7 +24,10 @@ def prune(
     threshold: float | None = None,
     where: str | Sequence[str] = "*",
 ) -> float:
-    """Set the weights with the lowest signal to noise to 0, for good: in draws, means, further training, state dicts.
+    """Set the weights with the lowest signal to noise to 0, for good: in draws, in further training, in its state dict.
+
+    Momentum may move their means for a while; whatever reads these (eval, `state_dict`, `mean_model`, `varify.save`)
+    has them at 0.
 
     Args:
         vnet: changed in place.
@@ -44,6 +48,7 @@ def prune(
         raise ValueError(f"fraction={fraction}: it must lie within [0, 1]")
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"threshold={threshold}: a number of at least 0 is needed")
+    refuse_sharded(vnet, "varify.prune")
     posteriors = dict(vnet.posteriors)
     names = matching(posteriors, where)
     ratios = {name: _ratios(posteriors[name].snr, posteriors[name].fixed) for name in names}

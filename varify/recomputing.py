@@ -32,46 +32,42 @@ def _wraps() -> tuple[Wrap, ...]:
 
 
 class _StandIns:
-    """For the two names that torch.utils.checkpoint looks up at a call, while any thread is within."""
+    """For what torch.utils.checkpoint calls, while any thread is within."""
 
     def __init__(self) -> None:
         self._lock, self._within = threading.Lock(), 0
-        self.plain: dict[str, Any] = {}
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._within:
-                for name, stand_in in _BY_NAME.items():
-                    self.plain[name] = getattr(torch_checkpoint, name)
-                    setattr(torch_checkpoint, name, stand_in)
+                setattr(torch_checkpoint, _GENERATOR, _without_reentry)
+                torch_checkpoint.CheckpointFunction.apply = staticmethod(_with_reentry)  # type: ignore[method-assign]
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
             if not self._within:
-                for name, original in self.plain.items():
-                    setattr(torch_checkpoint, name, original)
+                setattr(torch_checkpoint, _GENERATOR, _PLAIN)
+                del torch_checkpoint.CheckpointFunction.apply  # the one that it inherits is there again
 
 
 _STAND_INS = _StandIns()
+_GENERATOR = "_checkpoint_without_reentrant_generator"
+_PLAIN = getattr(torch_checkpoint, _GENERATOR)
 
 
 def _without_reentry(function: Any, *args: Any, **kwargs: Any) -> Any:
     # `checkpoint` itself runs the function the first time; what is handed on here is for later times
     for wrap in reversed(_wraps()):
         function = wrap(function)
-    return _STAND_INS.plain["_checkpoint_without_reentrant_generator"](function, *args, **kwargs)
+    return _PLAIN(function, *args, **kwargs)
 
 
-class _WithReentry:
-    """The reentrant kind calls backward within backward, which would go twice through the graph of one draw."""
-
-    @staticmethod
-    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        if not _wraps():  # another thread's
-            return _STAND_INS.plain["CheckpointFunction"].apply(function, preserve_rng_state, *args)
-        return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-
-
-_BY_NAME = {"_checkpoint_without_reentrant_generator": _without_reentry, "CheckpointFunction": _WithReentry}
+def _with_reentry(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    # The reentrant kind calls backward within backward, which would go twice through the graph of one draw.
+    if not _wraps():  # another thread's
+        return super(torch_checkpoint.CheckpointFunction, torch_checkpoint.CheckpointFunction).apply(
+            function, preserve_rng_state, *args
+        )
+    return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)

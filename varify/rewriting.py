@@ -32,6 +32,7 @@ class Program:
         opaque: path of each module that it runs as it is, and why.
         sets_attributes: it changes attributes of the network, so how often it runs matters.
         needs_shapes: it serves only calls with tensors of the shapes it was made for.
+        one_by_one: several draws were found not to run at once.
         swaps: it puts weights into modules of the live network while it runs.
     """
 
@@ -44,6 +45,7 @@ class Program:
     _function: Callable[..., Any]
     _unpack: Callable[[Any], Any]
     _layout: Layout | None
+    one_by_one: bool = False
 
     def tensors_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """What to run it on for a call of the layout it was made for; any call will do where it was made for any."""

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from varify.errors import StructureError, listed
 from varify.module import VariationalModule
 from varify.selection import sites
+from varify.sharding import refuse_sharded
 from varify.variationalize import variationalize
 
 FORMAT = "1"
@@ -32,13 +34,15 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(vnet, VariationalModule):
         raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
-    tensors, plain, same = _parted(vnet.state_dict())
-    gradients = {kind: [n for n in vnet._chosen if vnet.get_parameter(f"{kind}.{n}").requires_grad] for kind in _KINDS}
+    refuse_sharded(vnet, "varify.save")
+    state = vnet.state_dict()
+    tensors, plain, same = _parted(state)
     settings = {
         "network": type(vnet.module).__name__,
         "parameters": vnet._chosen,
         "skipped": vnet._skipped,
-        "requires_grad": gradients,
+        "requires_grad": {name: p.requires_grad for name, p in vnet.named_parameters()},
+        "versions": getattr(state, "_metadata", {}),  # of modules, by which torch migrates old checkpoints
         "strict": vnet._strict,
         "extra": plain,
         "same": same,
@@ -49,13 +53,11 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         _library().torch.save_file(tensors, part, metadata)
+        os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except BaseException:
         os.unlink(part)
         raise
-
-
-_KINDS = ("module", "rho")
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
@@ -80,16 +82,16 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
         if metadata["varify"] != FORMAT:
             raise ValueError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
         settings = json.loads(metadata["settings"])
-        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    state |= {name: state[first] for name, first in settings["same"].items()} | settings["extra"]
+        state = OrderedDict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
+    state.update({name: state[first] for name, first in settings["same"].items()} | settings["extra"])
+    state._metadata = settings["versions"]  # type: ignore[attr-defined]  # where torch keeps them
     chosen = settings["parameters"]
     _check(model, state, chosen, settings["network"])
     vnet = variationalize(model, where=lambda name, *_: name in set(chosen), strict=settings["strict"])
     vnet._skipped = settings["skipped"]
     vnet.load_state_dict(state)
-    for kind in _KINDS:
-        for name in chosen:
-            vnet.get_parameter(f"{kind}.{name}").requires_grad_(name in settings["requires_grad"][kind])
+    for name, parameter in vnet.named_parameters():
+        parameter.requires_grad_(settings["requires_grad"].get(name, parameter.requires_grad))
     return vnet
 
 
@@ -123,13 +125,32 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _checked(name: str, value: Any) -> Any:
     try:
-        json.dumps(value)
+        why = "" if _alike(json.loads(json.dumps(value)), value) else "JSON would change it"
     except (TypeError, ValueError) as error:
+        why = str(error)
+    if why:
         raise TypeError(
-            f"{name} is a {type(value).__name__} ({error}), and only tensors and plain values can be written to a "
+            f"{name} is a {type(value).__name__} ({why}), and only tensors and plain values can be written to a "
             "safetensors file; torch.save(vnet.state_dict(), ...) takes it"
-        ) from None
+        )
     return value
+
+
+def _alike(found: Any, value: Any) -> bool:
+    """Equal, and of the same types throughout."""
+    if type(found) is not type(value):
+        return False
+    if isinstance(value, dict):
+        return list(found) == list(value) and all(_alike(found[key], value[key]) for key in value)
+    if isinstance(value, list):
+        return len(found) == len(value) and all(map(_alike, found, value))
+    return bool(found == value)
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # which can't be read without being set
+    os.umask(umask)
+    return umask
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], chosen: list[str], network: str) -> None:

@@ -1,6 +1,8 @@
 """What modules hold, to see whether running them changed it, and to undo that."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -40,6 +42,19 @@ class Snapshot:
             for now, then in containers:
                 now.clear()
                 now.extend(then) if isinstance(now, (list, deque)) else now.update(then)
+
+
+@contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """Within, the network may be run; its attributes and buffers are as before afterwards."""
+    snapshot = Snapshot.of(network)
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
 
 
 def _is_helper(value: Any) -> bool:

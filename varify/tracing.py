@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from varify.calls import CONSTANTS, Layout, Slot, has_hooks
-from varify.copies import weightless_copy
-from varify.hazards import watched
+from varify.copies import foreign_parameters, weightless_copy
+from varify.hazards import DRAWS, watched
 from varify.snapshots import Snapshot
 from varify.swapping import run_with
 from varify.traced import Recorder, Traced, TracedParameter
@@ -66,14 +67,17 @@ def trace(network: nn.Module, layout: Layout, tensors: Sequence[Tensor], chosen:
         tensors: the distinct tensors of the call; only their shapes and dtypes are used.
         chosen: names of the parameters that opaque nodes are to be handed from outside.
     """
-    tracer = _Tracer(chosen)
-    with _ONE_AT_A_TIME, _undisturbed_randomness():
+    tracer, generators = _Tracer(chosen), _Generators()
+    with _ONE_AT_A_TIME, _undisturbed():
         try:
             root = _Root(weightless_copy(network), tracer, layout)
             tracer.values = [torch.empty_like(t.detach(), device="meta") for t in tensors]
             graph = tracer.trace(root)
         except Exception as error:  # not even a copy of it can be made
             return opaque_trace(layout, chosen, _reason(error))
+        finally:
+            if tracer.has_drawn:
+                generators.restore()
     return Trace(graph, root.unpack, tracer.opaque, layout, tracer.needs_shapes, tracer.sets_attributes)
 
 
@@ -107,11 +111,12 @@ class _Root(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         args, kwargs = self.layout.rebuild(tensors)
-        before = _random_states()
+        before = _numpys_state()
         with Recorder(self.tracer), watched(self.tracer.on_hazard):
             output = self.module(*args, **kwargs)
-        if _random_states() != before:
-            raise TraceError("its forward draws random numbers that torch.fx can't see")
+        if _numpys_state() != before:  # its methods are not seen to be called
+            self.tracer.has_drawn = True
+            raise TraceError(DRAWS)
         if isinstance(output, fx.Proxy):
             return output
         leaves, spec = pytree.tree_flatten(output)
@@ -134,7 +139,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.chosen = chosen
         self.opaque: dict[str, str] = {}
-        self.needs_shapes = self.sets_attributes = False
+        self.needs_shapes = self.sets_attributes = self.has_drawn = False
         self.values: list[Tensor] = []
         self.asleep = False  # running on weightless values, recording nothing
         self._hazards: list[str] = []
@@ -223,6 +228,7 @@ class _Tracer(fx.Tracer):
 
     def on_hazard(self, what: str) -> None:
         """A function was entered that could decide something unseen."""
+        self.has_drawn |= what == DRAWS
         if not self.asleep:
             self._hazards.append(what)
 
@@ -256,10 +262,15 @@ class _Tracer(fx.Tracer):
             if (name := self._names[id(parameter)].removeprefix("module.")) in self.chosen
         }
         is_root = module is self.root.module
+        if not is_root and self._reaches_further(module):  # its weights are then all of the network's
+            weights = {name: self._attribute(f"module.{name}") for name in self.chosen}
         if is_root or weights:
             target = self.proxy(self.create_node("get_attr", path, (), {}))
             arguments = self.create_arg((target, weights, args, kwargs))
-            node = super().create_node("call_function", run_with, arguments, {})
+            options: dict[str, Any] = {}
+            if not is_root and self._reaches_further(module):
+                options["holder"] = self.proxy(self.create_node("get_attr", "module", (), {})).node
+            node = super().create_node("call_function", run_with, arguments, options)
         else:
             node = super().create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
         self._created.append(node)
@@ -273,6 +284,11 @@ class _Tracer(fx.Tracer):
             value = self._awake_from(lambda: forward(*self._values(args), **self._values(kwargs)))
         node.meta["value"] = value
         return self._structured(node, value)
+
+    def _reaches_further(self, module: nn.Module) -> bool:
+        """Whether a module holds, in a list or a helper object, variational parameters that aren't within it."""
+        chosen = {i for i, name in self._names.items() if name.removeprefix("module.") in self.chosen}
+        return any(id(p) in chosen for p in foreign_parameters(module))
 
     def _structured(self, node: fx.Node, value: Any) -> Any:
         """The value of an opaque module as the network would see it: containers and None are real."""
@@ -314,10 +330,13 @@ class _Tracer(fx.Tracer):
 
     def _awake_from(self, run: Callable[[], Any]) -> Any:
         asleep, self.asleep = self.asleep, True
+        generator = torch.get_rng_state()  # what names its device draws numbers even here
         try:
             with torch.device("meta"), torch.no_grad():
                 return run()
         finally:
+            if not torch.equal(torch.get_rng_state(), generator):
+                torch.set_rng_state(generator)
             self.asleep = asleep
 
 
@@ -353,19 +372,34 @@ def _ambience() -> tuple[Any, ...]:
 
 
 @contextmanager
-def _undisturbed_randomness() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        try:
+def _undisturbed() -> Iterator[None]:
+    """Within, gradients are on, and parametrizations not cached, for what is cached would be a traced value."""
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        with torch.enable_grad():
             yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    finally:
+        parametrize._cache_enabled = cached
 
 
-def _random_states() -> tuple[Any, ...]:
+def _numpys_state() -> tuple[Any, ...]:
     name, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), name, np.asarray(keys).tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+    return name, np.asarray(keys).tobytes(), *rest
+
+
+class _Generators:
+    """The global generators of Python and numpy, put back after a trace in which the network used them.
+
+    Not otherwise: another thread may have drawn from them meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._states = random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        python, numpy = self._states
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _reason(error: Exception) -> str:

@@ -10,12 +10,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Tree(nn.Module):
-    """Parameters, buffers or modules at dotted names: `put("fc1.weight", p)` gives the state-dict key `fc1.weight`.
+    """Parameters, buffers or modules at dotted names: `put_leaf("fc1.weight", p)` gives the key `fc1.weight`.
 
     Stays in single precision when a network is made half: sigma is a small number whose logarithm matters.
     """
 
-    def put(self, name: str, leaf: Tensor | nn.Module) -> None:
+    def put_leaf(self, name: str, leaf: Tensor | nn.Module) -> None:
         """Set the leaf at `name`, in place of one that is there; a tensor that is no parameter becomes a buffer."""
         head, _, rest = name.partition(".")
         if not rest:
@@ -28,9 +28,9 @@ class Tree(nn.Module):
             self.add_module(head, type(self)())
         branch = self._modules[head]
         assert isinstance(branch, Tree)
-        branch.put(rest, leaf)
+        branch.put_leaf(rest, leaf)
 
-    def get(self, name: str) -> Any:
+    def leaf_at(self, name: str) -> Any:
         """The leaf at `name`, or None."""
         branch: nn.Module | None = self
         *path, last = name.split(".")

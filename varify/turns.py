@@ -15,7 +15,7 @@ class Turns:
         self._changed = threading.Condition()
         self._readers: Counter[int] = Counter()
         self._writer: int | None = None
-        self._waiting = 0
+        self._waiting = self._upgrading = 0
 
     @staticmethod
     def taken() -> "Turns | None":
@@ -47,11 +47,15 @@ class Turns:
         me = threading.get_ident()
         with self._changed:
             again = self._writer == me
+            if me in self._readers and self._upgrading and not again:
+                raise RuntimeError("two threads that run a network at its means both ask it for draws, from within")
+            self._upgrading += me in self._readers
             self._waiting += 1
             try:
                 self._changed.wait_for(lambda: self._writer in (None, me) and not set(self._readers) - {me})
             finally:
                 self._waiting -= 1
+                self._upgrading -= me in self._readers
             self._writer = me
         before = getattr(_taken, "writing", ())
         _taken.writing = (*before, self)

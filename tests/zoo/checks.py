@@ -112,7 +112,6 @@ def examine_as(record: Record, entry: Entry, network: nn.Module, vnet: varify.Va
         del other, file
     with record.noting("predicts"):
         record.predicts = _predicts(vnet, call, again)
-        assert vnet.training
 
 
 def _equals(network: nn.Module, vnet: varify.VariationalModule, call: Call, training: bool) -> tuple[set[str], bool]:
@@ -179,7 +178,10 @@ def _predicts(vnet: varify.VariationalModule, call: Call, again: Callable[[Any],
     predictions = {}
     for way in (True, False):
         torch.manual_seed(0)
-        predictions[way] = again(vnet).predict(*args, n_samples=2, vectorize=way, **kwargs)
+        own = again(vnet).train()
+        predictions[way] = own.predict(*args, n_samples=2, vectorize=way, **kwargs)
+        assert own.training
+        assert own.module.training
     kinds = {way: _predicted(p) for way, p in predictions.items()}
     assert kinds[True], "nothing was predicted"
     for one, other in zip(kinds[True], kinds[False], strict=True):
