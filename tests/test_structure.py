@@ -19,6 +19,7 @@ ORDER = [
         "hazards",
         "snapshots",
         "turns",
+        "modes",
         "recomputing",
         "sharding",
         "swapping",

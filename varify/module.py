@@ -1,7 +1,6 @@
 """VariationalModule: the user's network as its own mean, with a rho and a prior beside every chosen parameter."""
 
 import copy
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,8 @@ from varify.copies import copy_network, weightless_copy
 from varify.draws import many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.estimators import Moments
-from varify.posteriors import PRUNED, GaussianPosterior, draw
+from varify.modes import Modes
+from varify.posteriors import PRUNED, GaussianPosterior, Posteriors, draw
 from varify.prediction import gather
 from varify.priors import Prior
 from varify.programs import Programs
@@ -28,8 +28,6 @@ from varify.summary import Row, Summary
 from varify.swapping import Swap
 from varify.trees import Tree
 from varify.turns import Turns
-
-_MODES = threading.Lock()  # held while training flags change for a prediction
 
 
 class VariationalModule(nn.Module):
@@ -68,18 +66,16 @@ class VariationalModule(nn.Module):
         self._skipped = skipped
         self._estimators = dict(estimators)
         self._strict = strict
-        self._sampling = 0
         self._noise: dict[str, Tensor] | None = None
         self._programs: Programs | None = None
         self._turns = Turns()
-        self._to_eval: list[nn.Module] = []
-        self._predicting = 0
+        self._modes = Modes()
         self.training = network.training
 
     # --- the posteriors
 
     @property
-    def posteriors(self) -> "Posteriors":
+    def posteriors(self) -> Posteriors:
         """Posterior by parameter name: each distinct tensor once, under its first name; its other names find it too."""
         return Posteriors(self._posteriors(), aliases(self.module))
 
@@ -131,10 +127,10 @@ class VariationalModule(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
-        if not (self.training or self._sampling):
+        if not (self.training or self._modes.draws):
             with self._turns.reading():
                 return self.module(*args, **kwargs)
-        estimating = self.training and not self._sampling and self._noise is None
+        estimating = self.training and not self._modes.draws and self._noise is None
         wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
         program, tensors = self._find(args, kwargs, wanted, self._strict)
         return self._run_as_written(program, self._theta(program), tensors)
@@ -143,7 +139,7 @@ class VariationalModule(nn.Module):
         """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
         if self._strict and set(self._estimators.values()) != {"weights"}:
             raise EstimatorError("strict=True: under torch.compile weights are drawn, whatever the estimator")
-        if not (self.training or self._sampling):
+        if not (self.training or self._modes.draws):
             return self.module(*args, **kwargs)
         theta = draw(self._posteriors(), self._noise)
         in_place = {name: theta[first] for name, first in self._places.items() if first in theta}
@@ -255,32 +251,14 @@ class VariationalModule(nn.Module):
     @contextmanager
     def in_eval(self) -> Iterator[None]:
         """Within, all parts are in eval mode; as they were afterwards, also after an exception."""
-        with _MODES:  # of several threads within, the first one in changes them and the last one out restores them
-            if not self._predicting:
-                self._to_eval = [module for module in self.modules() if module.training]
-                for module in self._to_eval:
-                    module.training = False
-            self._predicting += 1
-        try:
+        with self._modes.in_eval(self):
             yield
-        finally:
-            with _MODES:
-                self._predicting -= 1
-                if not self._predicting:
-                    for module in self._to_eval:
-                        module.training = True
-                    self._to_eval = []
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Within, every forward draws its weights, in eval mode as well."""
-        with _MODES:
-            self._sampling += 1
-        try:
+        with self._modes.sampling():
             yield
-        finally:
-            with _MODES:
-                self._sampling -= 1
 
     @contextmanager
     def fixed_draw(self, noise: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -453,11 +431,8 @@ class VariationalModule(nn.Module):
     def train(self, mode: bool = True) -> "VariationalModule":
         """As in torch: `train()` draws the weights, `eval()` uses their means."""
         self._hold_pruned()
-        with _MODES:
-            if self._predicting:  # in another thread, which restores the modes when it is done
-                self._to_eval = list(self.modules()) if mode else []
-            else:
-                super().train(mode)
+        if not self._modes.train_later(self, mode):
+            super().train(mode)
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -485,18 +460,12 @@ class VariationalModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # programs are made again when needed, and contexts end with the original
-        passing: dict[str, Any] = {
-            "_programs": None,
-            "_noise": None,
-            "_sampling": 0,
-            "_predicting": 0,
-            "_to_eval": [],
-        }
-        return {**{name: value for name, value in self.__dict__.items() if name != "_turns"}, **passing}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_turns", "_modes")}
+        return {**kept, "_programs": None, "_noise": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._turns = Turns()
+        self._turns, self._modes = Turns(), Modes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariationalModule":
         new = type(self).__new__(type(self))
@@ -508,28 +477,6 @@ class VariationalModule(nn.Module):
             }
         new.__setstate__(copy.deepcopy(state, memo))
         return new
-
-
-class Posteriors(Mapping[str, GaussianPosterior]):
-    """Posterior by parameter name; iterates over first names, finds the others too."""
-
-    def __init__(self, posteriors: dict[str, GaussianPosterior], first_names: dict[str, str]) -> None:
-        self._posteriors, self._first_names = posteriors, first_names
-
-    def __getitem__(self, name: str) -> GaussianPosterior:
-        first = self._first_names.get(name, name)
-        if first not in self._posteriors:
-            raise KeyError(f"{name!r} has no posterior; there are {listed(self._posteriors)}")
-        return self._posteriors[first]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._posteriors)
-
-    def __len__(self) -> int:
-        return len(self._posteriors)
-
-    def __repr__(self) -> str:
-        return f"Posteriors({listed(self._posteriors)})"
 
 
 def bind(prior: Prior, site: Site) -> Prior:

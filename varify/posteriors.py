@@ -1,7 +1,7 @@
 """The posterior of one parameter: its mu, rho and prior seen as one thing; and the draw of all of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varify.divergence import kl_divergence
+from varify.errors import listed
 
 if TYPE_CHECKING:
     from varify.priors import Prior
@@ -118,6 +119,28 @@ class GaussianPosterior:
 
     def __repr__(self) -> str:
         return f"GaussianPosterior(shape={tuple(self.mu.shape)}, prior={self.prior!r})"
+
+
+class Posteriors(Mapping[str, GaussianPosterior]):
+    """Posterior by parameter name; iterates over first names, finds the others too."""
+
+    def __init__(self, posteriors: dict[str, GaussianPosterior], first_names: dict[str, str]) -> None:
+        self._posteriors, self._first_names = posteriors, first_names
+
+    def __getitem__(self, name: str) -> GaussianPosterior:
+        first = self._first_names.get(name, name)
+        if first not in self._posteriors:
+            raise KeyError(f"{name!r} has no posterior; there are {listed(self._posteriors)}")
+        return self._posteriors[first]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._posteriors)
+
+    def __len__(self) -> int:
+        return len(self._posteriors)
+
+    def __repr__(self) -> str:
+        return f"Posteriors({listed(self._posteriors)})"
 
 
 def draw(posteriors: Mapping[str, Posterior], fixed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
