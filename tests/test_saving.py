@@ -134,8 +134,15 @@ def test_what_varify_did_not_write(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "newer", {"varify": "99"})
     with pytest.raises(ValueError, match="format 99"):
         varify.load(tmp_path / "newer", network())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         varify.load(tmp_path / "none", network())
+    torch.save(network().state_dict(), tmp_path / "pickled")
+    (tmp_path / "empty").touch()
+    for name in ("pickled", "empty"):
+        with pytest.raises(ValueError, match=rf"{name} is no safetensors file, or not whole \(.*is it of torch\.save"):
+            varify.load(tmp_path / name, network())
+    with pytest.raises(varify.ModelError, match="variational already"):
+        varify.load(tmp_path / "plain", variational())
 
 
 def test_another_network(tmp_path: Path) -> None:
@@ -145,7 +152,7 @@ def test_another_network(tmp_path: Path) -> None:
     with pytest.raises(varify.ModelError, match=r"nn\.Module is needed"):
         varify.load(tmp_path / "a", "a name")  # type: ignore[arg-type]
     bigger = nn.Sequential(OrderedDict([*network().named_children(), ("more", nn.BatchNorm2d(2))]))
-    with pytest.raises(RuntimeError, match=r"module\.more\.weight"):
+    with pytest.raises(varify.StructureError, match=r"(?s)another network than this Sequential.*module\.more\.weight"):
         varify.load(tmp_path / "a", bigger)
 
 
@@ -165,8 +172,17 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> Non
         varify.save(nn.Linear(2, 2), path)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*no such folder"):
         varify.save(variational(), tmp_path / "no such folder" / "a")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        varify.save(variational(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_a_compiled_network_is_saved_as_the_one_it_was_compiled_from(tmp_path: Path) -> None:
+    vnet = variational()
+    varify.save(torch.compile(vnet), tmp_path / "a")  # type: ignore[arg-type]
+    assert_same(varify.load(tmp_path / "a", network()), vnet)
 
 
 def test_a_prior_of_ones_own_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,10 @@ class Layout(NamedTuple):
         """
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         if spec != self.spec:
-            raise ValueError(f"the call has the structure {spec}, not {self.spec}")
+            raise ValueError(
+                "the arguments have another structure than those of the example: functional(...) serves calls with the "
+                "same number of positional arguments and the same keywords"
+            )
         found = {slot.index: leaf for slot, leaf in zip(self.slots, leaves, strict=True) if isinstance(slot, Slot)}
         return [found[i] for i in range(len(found))]
 

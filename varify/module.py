@@ -67,6 +67,7 @@ class VariationalModule(nn.Module):
         self._estimators = dict(estimators)
         self._strict = strict
         self._noise: dict[str, Tensor] | None = None
+        self._seed: int | None = None
         self._programs: Programs | None = None
         self._turns = Turns()
         self._modes = Modes()
@@ -197,7 +198,17 @@ class VariationalModule(nn.Module):
             f; `theta` has a tensor of the parameter's shape for every name in `posteriors`.
         """
         program, _ = self._find(args, kwargs)
-        return lambda theta, *args, **kwargs: self._run(program, theta, program.tensors_of(args, kwargs))
+        names = set(self._live_programs().sites)
+
+        def f(theta: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if not names <= set(theta):
+                raise ValueError(
+                    f"theta lacks {listed(sorted(names - set(theta)))}: a weight for every name in vnet.posteriors is "
+                    "needed, such as {name: q.rsample() for name, q in vnet.posteriors.items()}"
+                )
+            return self._run(program, theta, program.tensors_of(args, kwargs))
+
+        return f
 
     @torch.no_grad()
     def predict(
@@ -264,22 +275,33 @@ class VariationalModule(nn.Module):
     def fixed_draw(self, noise: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Within, all forwards use the same noise eps, so that the loss is a function of mu and rho alone.
 
-        The weights are mu + sigma·eps with the mu and sigma of the moment: what a line search or LBFGS needs.
+        The weights are mu + sigma·eps with the mu and sigma of the moment: what a line search or LBFGS needs. An
+        estimated divergence is taken at the same draws every time, too; dropout has a noise of its own, and so has the
+        importance-weighted bound. All of `predict`'s draws are this one.
 
         Args:
             noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
         """
-        before, self._noise = self._noise, dict(noise or {})
+        before = self._noise, self._seed
+        self._noise, self._seed = dict(noise or {}), None
         try:
             yield
         finally:
-            self._noise = before
+            self._noise, self._seed = before
 
     # --- the divergence
 
     def kl_divergence(self) -> dict[str, Tensor]:
         """KL(q‖p) by parameter name, each a scalar `()`, nats, differentiable."""
-        return {name: q.kl_divergence() for name, q in self._posteriors().items()}
+        posteriors = self._posteriors()
+        if self._noise is None or torch.compiler.is_compiling():
+            return {name: q.kl_divergence() for name, q in posteriors.items()}
+        # within `fixed_draw` an estimate, too, is a function of mu and rho: from the same random numbers every time
+        self._seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
+        devices = {q.rho.device.index for q in posteriors.values() if q.rho.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):
+            torch.manual_seed(self._seed)
+            return {name: q.kl_divergence() for name, q in posteriors.items()}
 
     def prior_loss(self) -> Tensor:
         """Total KL(q‖p), scalar `()`, nats, differentiable; each distinct tensor counts once.
@@ -461,7 +483,7 @@ class VariationalModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # programs are made again when needed, and contexts end with the original
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_turns", "_modes")}
-        return {**kept, "_programs": None, "_noise": None}
+        return {**kept, "_programs": None, "_noise": None, "_seed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -361,6 +361,9 @@ def _scalar(name: str, value: Any) -> Any:
 
 def _inverse_gamma_marginal(alpha_0: float, beta_0: float, n: int, spread: Tensor) -> Tensor:
     """Log density of n weights with the variance integrated out; `spread` is what they add to beta_0."""
-    alpha_n, beta_n = alpha_0 + n / 2, beta_0 + spread
-    constant = math.lgamma(alpha_n) - math.lgamma(alpha_0) + alpha_0 * math.log(beta_0) - n / 2 * LOG_2PI
-    return constant - alpha_n * beta_n.log()
+    # in tensors, for torch.compile can't follow math.lgamma of a size that varies; in double precision on the CPU
+    alpha = torch.tensor([alpha_0, alpha_0 + n / 2], dtype=torch.float64)
+    before, after = torch.lgamma(alpha)
+    constant = after - before + alpha_0 * math.log(beta_0) - n / 2 * LOG_2PI
+    marginal: Tensor = constant - alpha[1] * (beta_0 + spread).log()
+    return marginal.to(spread.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varify.errors import StructureError, listed
 from varify.module import VariationalModule
-from varify.selection import sites
+from varify.selection import check_model, sites
 from varify.sharding import refuse_sharded
 from varify.variationalize import variationalize
 
@@ -29,9 +29,11 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
         path: of the file, by custom `*.safetensors`.
 
     Raises:
+        FileNotFoundError: the folder is not there.
         TypeError: vnet is not variational, or a module's extra state is no tensor and no plain value, which can't be
             written down.
     """
+    vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
     if not isinstance(vnet, VariationalModule):
         raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
     refuse_sharded(vnet, "varify.save")
@@ -49,6 +51,8 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
     }
     metadata = {"format": "pt", "varify": FORMAT, "settings": json.dumps(settings)}
     path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -69,10 +73,20 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
 
     Raises:
         ValueError: the file was not written by `save`.
-        StructureError: the model lacks parameters that are variational in the file, or their shapes differ.
+        StructureError: the model has other parameters or buffers than the one in the file, by name or shape. What it
+            does with them can't be checked.
+        ModelError: the model is no plain network.
         PriorError: a prior of one's own is not registered (import the module that does).
     """
-    with _library().safe_open(path, framework="pt") as file:
+    check_model(model)
+    library = _library()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        opened = library.safe_open(path, framework="pt")
+    except library.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not whole ({error}); is it of torch.save?") from None
+    with opened as file:
         metadata = file.metadata() or {}
         if "varify" not in metadata:
             raise ValueError(
@@ -89,7 +103,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
     _check(model, state, chosen, settings["network"])
     vnet = variationalize(model, where=lambda name, *_: name in set(chosen), strict=settings["strict"])
     vnet._skipped = settings["skipped"]
-    vnet.load_state_dict(state)
+    try:
+        vnet.load_state_dict(state)
+    except RuntimeError as error:
+        raise StructureError(f"{path} is of another network than this {type(model).__name__}: {error}") from None
     for name, parameter in vnet.named_parameters():
         parameter.requires_grad_(settings["requires_grad"].get(name, parameter.requires_grad))
     return vnet
@@ -154,13 +171,13 @@ def _umask() -> int:
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], chosen: list[str], network: str) -> None:
-    found = sites(model) if isinstance(model, nn.Module) else {}
+    found = sites(model)
     wrong = [
         f"{name} {tuple(state[f'module.{name}'].shape)}"
         for name in chosen
         if name not in found or found[name].parameter.shape != state[f"module.{name}"].shape
     ]
-    if isinstance(model, nn.Module) and wrong:
+    if wrong:
         raise StructureError(
             f"the file is of a {network} in which {listed(wrong)} are variational; this {type(model).__name__} has no "
             "such parameters: give load a plain network made as the one that was converted"
