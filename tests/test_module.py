@@ -573,8 +573,7 @@ def test_an_attribute_that_hides_one_of_its_class_and_one_of_another_type() -> N
 
         def forward(self, inputs: Tensor) -> Tensor:
             shift = 0.0 if self.options is None else self.options[0]
-            self_k = torch.full((2,), self.k)
-            return self.fc(inputs) / self.temperature + shift + self_k * (2 if self_k.is_floating_point() else 1)
+            return self.fc(inputs) / self.temperature + shift + torch.full((2,), self.k)
 
     vnet = varify.variationalize(Tempered())
     with vnet.fixed_draw():
@@ -583,8 +582,23 @@ def test_an_attribute_that_hides_one_of_its_class_and_one_of_another_type() -> N
         torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 2)
         vnet.module.options = [1, 2]
         torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 3)
-        vnet.module.k = 2.0
-        torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 5)
+        vnet.module.k = 2.5
+        torch.testing.assert_close(vnet(x()), (first - 2) / 10 + 3.5)
+
+
+def test_equal_attributes_of_other_types_are_other_attributes() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.k = nn.Linear(3, 2), 2
+
+        def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc(inputs), torch.full((2,), self.k)
+
+    vnet = varify.variationalize(Filled())
+    assert vnet(x())[1].dtype == torch.int64
+    vnet.module.k = 2.0
+    assert vnet(x())[1].dtype == torch.float32
 
 
 def test_untying_after_the_conversion_is_noticed() -> None:
@@ -646,10 +660,10 @@ class Doubtful(nn.Module):
 
 @pytest.mark.parametrize("wrap", [Doubtful, nn.Sequential])
 def test_draws_within_a_cached_parametrization_differ(wrap: Any) -> None:
-    net = wrap(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)))
+    net = wrap(nn.utils.parametrizations.weight_norm(nn.Linear(3, 2, bias=False)))
     vnet = varify.variationalize(net)
     with nn.utils.parametrize.cached():
-        for vectorize in (True, False):
+        for vectorize in (False, True):
             assert vnet.predict(x(), n_samples=3, vectorize=vectorize).std.all()
         vnet(x())
     with vnet.sampling():
@@ -708,6 +722,7 @@ def test_within_a_fixed_draw_an_estimated_divergence_is_a_function(prior: Any) -
     vnet = mlp(prior=prior)
     with vnet.fixed_draw():
         first = vnet.prior_loss()
+        torch.randn(1)
         state = torch.get_rng_state()
         assert torch.equal(vnet.prior_loss(), first)
         assert torch.equal(torch.get_rng_state(), state)
