@@ -110,7 +110,8 @@ class VariationalModule(nn.Module):
                 for name in self._chosen
                 if name not in everything or everything[name].parameter.shape != self.rho.leaf_at(name).shape
             ]
-            lost += [place for place, name in self._places.items() if places(self.module).get(place, name) != name]
+            now = places(self.module)
+            lost += [place for place, name in self._places.items() if now.get(place, name) != name]
             if lost:
                 raise StructureError(
                     f"{listed(lost)} of vnet.module changed since the conversion, and so has no posterior; "

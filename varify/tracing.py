@@ -256,20 +256,20 @@ class _Tracer(fx.Tracer):
 
     def _call_opaque(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, why: str) -> Any:
         path = self.path_of_module(module)
-        weights = {
-            local: self._attribute(f"module.{name}")
-            for local, parameter in module.named_parameters()
-            if (name := self._names[id(parameter)].removeprefix("module.")) in self.chosen
-        }
         is_root = module is self.root.module
+        options: dict[str, Any] = {}
         if not is_root and self._reaches_further(module):  # its weights are then all of the network's
             weights = {name: self._attribute(f"module.{name}") for name in self.chosen}
+            options["holder"] = self.create_node("get_attr", "module", (), {})
+        else:
+            weights = {
+                local: self._attribute(f"module.{name}")
+                for local, parameter in module.named_parameters()
+                if (name := self._chosen_name(parameter)) is not None
+            }
         if is_root or weights:
             target = self.proxy(self.create_node("get_attr", path, (), {}))
             arguments = self.create_arg((target, weights, args, kwargs))
-            options: dict[str, Any] = {}
-            if not is_root and self._reaches_further(module):
-                options["holder"] = self.proxy(self.create_node("get_attr", "module", (), {})).node
             node = super().create_node("call_function", run_with, arguments, options)
         else:
             node = super().create_node("call_module", path, self.create_arg(args), self.create_arg(kwargs))
@@ -287,8 +287,12 @@ class _Tracer(fx.Tracer):
 
     def _reaches_further(self, module: nn.Module) -> bool:
         """Whether a module holds, in a list or a helper object, variational parameters that aren't within it."""
-        chosen = {i for i, name in self._names.items() if name.removeprefix("module.") in self.chosen}
-        return any(id(p) in chosen for p in foreign_parameters(module))
+        return any(self._chosen_name(parameter) is not None for parameter in foreign_parameters(module))
+
+    def _chosen_name(self, parameter: Tensor) -> str | None:
+        """The name of a variational parameter within the network; None of any other."""
+        name = self._names.get(id(parameter), "").removeprefix("module.")
+        return name if name in self.chosen else None
 
     def _structured(self, node: fx.Node, value: Any) -> Any:
         """The value of an opaque module as the network would see it: containers and None are real."""
