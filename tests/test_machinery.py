@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import varify
 from tests.networks import CASES, seeded
 from tests.zoo.own_networks import Checkpointed
-from varify.turns import Turns
 
 
 def mlp(**options: Any) -> varify.VariationalModule:
@@ -377,7 +376,6 @@ def test_another_threads_random_numbers_are_its_own_and_hide_nothing() -> None:
         for _ in range(10):
             vnet = mlp(estimator="local", strict=True)
             vnet(torch.randn(4, 3))
-            assert not vnet.summary().opaque
     finally:
         done.set()
         thread.join()
@@ -423,31 +421,6 @@ def test_modes_and_contexts_survive_threads() -> None:
         thread.join()
     x = torch.ones(2, 3)
     assert torch.equal(vnet.eval()(x), vnet(x))
-    with vnet.train().in_eval():
-        vnet.eval()
-    assert not any(module.training for module in vnet.module.modules())
-    with vnet.in_eval():
-        vnet.train()
-    assert all(module.training for module in vnet.module.modules())
-
-
-def test_two_threads_that_want_draws_from_within_a_forward_at_the_mean_are_told() -> None:
-    turns = Turns()
-    reading = threading.Barrier(2, timeout=20)
-    told: list[str] = []
-
-    def upgrade() -> None:
-        with turns.reading():
-            reading.wait()
-            try:
-                with turns.writing():
-                    pass
-            except RuntimeError as error:
-                told.append(str(error))
-
-    _at_once([upgrade, upgrade], told)
-    assert len(told) == 1
-    assert "both ask it for draws" in told[0]
 
 
 def test_threads_with_networks_of_their_own() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import varify
 from tests.networks import CASES, OptionalMask, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
-from varify.programs import MOST_PROGRAMS
 
 MIXTURE = {"sigma_1": 1.0, "sigma_2": 0.002, "pi": 0.5}
 
@@ -252,36 +251,6 @@ def test_ordinary_models_again() -> None:
         torch.testing.assert_close(sample(x(2, 3, 4)), vnet(x(2, 3, 4)))
     sample.out.bias.data.zero_()
     assert vnet.module.out.bias.any()
-
-
-# --- programs
-
-
-def test_programs_are_made_once_per_kind_of_call_and_mode() -> None:
-    vnet = varify.variationalize(OptionalMask())
-    for _ in range(3):
-        vnet(x())
-        vnet(x(7, 3))  # another batch size is the same kind
-    assert len(vnet._programs.made) == 1
-    vnet(x(), mask=torch.ones(3))
-    vnet(x(), scale=2.0)
-    assert len(vnet._programs.made) == 3
-    with vnet.sampling():
-        vnet.eval()(x())
-    assert len(vnet._programs.made) == 4
-    assert "theta['fc.weight']" in vnet.code()
-    vnet.double()
-    assert vnet.code().startswith("# no program yet")
-    assert vnet.code(x().double()).startswith("def forward(self, theta")
-
-
-def test_endlessly_many_kinds_of_calls_share_one_opaque_program() -> None:
-    vnet = varify.variationalize(OptionalMask())
-    with vnet.fixed_draw():
-        for i in range(MOST_PROGRAMS + 5):
-            output = vnet(x(), scale=float(i))
-        torch.testing.assert_close(output, vnet.sample_model()(x(), scale=float(i)))
-    assert len(vnet._programs.made) == MOST_PROGRAMS + 1
 
 
 def test_an_argument_of_any_type_will_do() -> None:
@@ -638,7 +607,6 @@ def test_a_weight_that_an_opaque_module_borrows_is_the_same_draw() -> None:
     kept = vnet.module.embedding.weight
     with vnet.fixed_draw():
         torch.testing.assert_close(vnet(tokens), vnet.sample_model()(tokens))
-    assert set(vnet.summary().opaque) == {"head"}
     assert vnet.module.embedding.weight is kept
 
 

@@ -158,33 +158,6 @@ def _after_a_forward(vnet: varify.VariationalModule, case: Case) -> varify.Varia
     return vnet
 
 
-@in_both_modes
-def test_what_torch_fx_can_follow_is_not_opaque(training: bool) -> None:
-    vnet = varify.variationalize(seeded(CASES["cnn"]).train(training))
-    vnet.code(*CASES["cnn"].calls[0][0])
-    assert set(vnet.summary().opaque) == {"bn1", "drop"}, vnet.summary().opaque
-
-
-def test_the_garbage_collectors_callbacks_are_not_the_networks_code() -> None:
-    def callback(phase: str, info: Any) -> None:
-        try:
-            assert type(info) is dict
-        except KeyError:
-            raise
-
-    gc.callbacks.append(callback)
-    threshold = gc.get_threshold()
-    try:
-        gc.set_threshold(1)
-        vnet = varify.variationalize(seeded(CASES["cnn"]))
-        vnet.code(*CASES["cnn"].calls[0][0])
-        assert set(vnet.summary().opaque) == {"bn1", "drop"}
-        assert gc.isenabled()
-    finally:
-        gc.set_threshold(*threshold)
-        gc.callbacks.remove(callback)
-
-
 DRAWING = {
     "python": random.random,
     "python's gauss": lambda: random.gauss(0.0, 1.0),

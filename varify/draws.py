@@ -1,65 +1,86 @@
 """Many draws through one network: one after another, or several at once by vmap, with the same weights either way."""
 
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from varify.calls import CONSTANTS
-
 Theta = dict[str, Any]
+# What an output may hold beside tensors; anything else may hold tensors in turn.
+CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, Enum)
 # Weights of as many draws at once as fit in this much memory; activations come on top.
 BYTES_AT_ONCE = 2**28
+
+
+class Draws(NamedTuple):
+    """What `many` returns.
+
+    Attributes:
+        outputs: one a draw, in order.
+        vectorized: whether they ran at once.
+        keeps: whether the network was seen to keep tensors of a call, in a list or a cache; None: nobody looked.
+    """
+
+    outputs: list[Any]
+    vectorized: bool
+    keeps: bool | None
 
 
 def many(
     run: Callable[[Theta], Any],
     draw: Callable[[], Theta],
     n_samples: int,
-    at_once: bool | None,
+    vectorize: bool | None,
     *,
     slow: bool = False,
-    alone: Callable[[Theta], Any] | None = None,
-) -> tuple[list[Any], bool]:
-    """Outputs of `n_samples` draws, in order, and whether they ran at once.
+    watch: bool = True,
+) -> Draws:
+    """Outputs of `n_samples` draws.
 
     Args:
         run: the network's output for one draw.
         draw: one draw. Several are drawn before the first runs, so that they are the same either way.
         n_samples: how many.
-        at_once: whether to vectorise; None: unless `slow`.
-        slow: the network has operations that are slower vectorised.
-        alone: in the place of `run` for draws that run one after another.
+        vectorize: whether to run several at once; None: unless `slow`.
+        slow: the network has operations that are slower vectorized.
+        watch: run the first draw by itself, and all others so too if the network keeps a tensor of it: what it would
+            keep of a vectorized run is of no use to anybody.
     """
-    alone = alone or run
-    at_once = not slow if at_once is None else at_once
+    vectorize = not slow if vectorize is None else vectorize
+    keeps: bool | None = None
     outputs: list[Any] = []
     most = n_samples
     while len(outputs) < n_samples:
         thetas = [draw()]
         chunk = max(1, min(n_samples - len(outputs), BYTES_AT_ONCE // _bytes(thetas[0])))
         thetas += [draw() for _ in range(chunk - 1)]
+        if vectorize and watch and not outputs:
+            first, keeps = _watched(run, thetas.pop(0))
+            outputs.append(first)
+            vectorize = not keeps
         while thetas:
-            if not at_once:
-                outputs += [alone(theta) for theta in thetas]
+            if not vectorize:
+                outputs += [run(theta) for theta in thetas]
                 break
             try:
-                outputs += _all_at_once(run, thetas[:most])
+                outputs += _vectorized(run, thetas[:most])
                 thetas = thetas[most:]
             except torch.OutOfMemoryError:
                 if most == 1:
                     raise
                 most = max(1, min(most, len(thetas)) // 2)
             except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
-                at_once = False
-    return outputs, at_once
+                vectorize = False
+    return Draws(outputs, vectorize, keeps)
 
 
-def vectorised(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
     """`torch.func.vmap` that raises where a loop is the better way: an operation is random or has no batching rule."""
     mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
 
@@ -94,24 +115,49 @@ class _WithoutFallback:
 _WITHOUT_FALLBACK = _WithoutFallback()
 
 
-class _Refusals(TorchFunctionMode):
-    """Sees operations that fail, also where the network's own `except` hides that."""
+class _Watching(TorchFunctionMode):
+    """Sees operations that fail, also where the network's own `except` hides that, and which results stay alive."""
 
-    seen = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = False
+        self._results: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
         except Exception:
-            self.seen = True
+            self.refused = True
             raise
+        self._results += [weakref.ref(one) for one in _tensors_in(result)]
+        return result
+
+    def kept(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
+        """Whether a result is still alive that is not part of the output."""
+        returned = _tensors_in(pytree.tree_leaves(output))
+        known = {id(one) for tensor in returned for one in (tensor, tensor._base)}
+        return any(id(one) not in known and only(one) for ref in self._results if (one := ref()) is not None)
+
+
+def _tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [one for one in result if isinstance(one, Tensor)] if isinstance(result, (tuple, list)) else []
+
+
+def _watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
+    """The output of one draw, and whether the network keeps a tensor of the call beside it."""
+    watching = _Watching()
+    with watching:
+        output = run(theta)
+    return output, watching.kept((output, list(theta.values())))
 
 
 class _Place:
     """Where a tensor goes."""
 
 
-def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
+def _vectorized(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
     stacked = {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}
     template: list[Any] = []
 
@@ -122,10 +168,13 @@ def _all_at_once(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
         template[:] = [[_Place if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    with _Refusals() as refusals:
-        columns = vectorised(tensors)(stacked)
-    if refusals.seen:
-        raise RuntimeError("the network caught an error that it has when it is vectorised only")
+    watching = _Watching()
+    with watching:
+        columns = vectorized(tensors)(stacked)
+    if watching.refused:
+        raise RuntimeError("the network caught an error that it has when it is vectorized only")
+    if watching.kept(columns, torch._C._functorch.is_functorch_wrapped_tensor):
+        raise RuntimeError("the network keeps a tensor of the call")
     leaves, spec = template
     outputs = []
     for row in zip(*columns, strict=True):

@@ -11,40 +11,31 @@ def local_bmm(op, input, mat2): ...
 """
 
 import inspect
-import operator
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from varify.errors import EstimatorError
+from varify.moments import Examples, Moments
 
 NAMES = ("weights", "local", "flipout", "auto")
 LINEAR = (F.linear,)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-MATMUL = (torch.matmul, operator.matmul, "matmul")  # a str is a tensor's method
 
 
-class Moments(NamedTuple):
-    """Mean and standard deviation of a parameter, each `(*shape)`: what a program is given in place of a draw.
+def canonical(operation: Any) -> Any:
+    """What rules are kept under: `torch.add`, `operator.add` and the method "add" are one operation, "add"."""
+    name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
+    return name if name in _BY_NAME else operation
 
-    `mu` has the network's dtype, `sigma` single precision or better.
-    """
 
-    mu: Tensor
-    sigma: Tensor
-
-    def var(self, scale: Tensor | float = 1.0) -> Tensor:
-        """(sigma/scale)², in the network's dtype."""
-        return (self.sigma / scale).square().to(self.mu.dtype)
-
-    def perturbation(self) -> Tensor:
-        """sigma·eps, eps ~ N(0, 1), in the network's dtype."""
-        return (self.sigma * torch.randn_like(self.sigma)).to(self.mu.dtype)
+_BY_NAME = frozenset({"add", "addmm", "matmul", "mm", "mul"})
 
 
 @dataclass(frozen=True)
@@ -52,20 +43,28 @@ class Rule:
     """A rule for one operation, and which of its arguments it can take moments for.
 
     Attributes:
-        function: the rule, to be called with the operation's arguments.
+        function: the rule, to be called with `Examples` and the operation's arguments.
+        signature: of the operation.
         of: the arguments that an estimator may be asked for: one of them must be moments.
         along: further ones, such as a bias, that may be moments too.
-        refuses: from the operation's arguments to a reason why the rule is not for them, or None.
+        refuses: from the operation's arguments, or what has their shapes, to a reason why the rule is not for them.
+        uses: likewise, to how often the operation uses an element of the parameter; None if that depends.
     """
 
     function: Callable[..., Tensor]
+    signature: inspect.Signature
     of: tuple[str, ...]
     along: tuple[str, ...]
     refuses: Callable[[dict[str, Any]], str | None]
+    uses: Callable[[dict[str, Any]], int | None]
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The operation's arguments by name."""
-        return dict(inspect.signature(self.function).bind(*args, **kwargs).arguments)
+        """The operation's arguments by name.
+
+        Raises:
+            TypeError: the rule knows no such arguments.
+        """
+        return dict(self.signature.bind(*args, **kwargs).arguments)
 
 
 _RULES: dict[tuple[str, Any], Rule] = {}
@@ -77,33 +76,42 @@ def rule(
     of: tuple[str, ...] = ("weight",),
     along: tuple[str, ...] = (),
     refuses: Callable[[dict[str, Any]], str | None] = lambda arguments: None,
+    uses: Callable[[dict[str, Any]], int | None] = lambda arguments: None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorate the rule of an estimator for one or more operations; see `Rule` for the keywords."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         for operation in operations:
-            _RULES[estimator, operation] = Rule(_for(operation, function, estimator), of, along, refuses)
+            signature = inspect.signature(function)
+            signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+            made = Rule(_for(operation, function, estimator), signature, of, along, refuses, uses)
+            _RULES[estimator, canonical(operation)] = made
         return function
 
     return register
 
 
 def _for(operation: Any, function: Callable[..., Tensor], estimator: str) -> Callable[..., Tensor]:
-    """The rule with its operation given, under a name that reads well in a program."""
-    op = getattr(torch.Tensor, operation) if isinstance(operation, str) else operation
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    """The rule with its operation given, under a name that reads well in a graph."""
+    op = getattr(torch, operation) if isinstance(operation, str) else operation
 
-    def of_operation(*args: Any, **kwargs: Any) -> Tensor:
-        return function(op, *args, **kwargs)
+    def of_operation(examples: Examples, *args: Any, **kwargs: Any) -> Tensor:
+        given = [a.at(examples) if isinstance(a, Moments) else a for a in args]
+        named = {k: a.at(examples) if isinstance(a, Moments) else a for k, a in kwargs.items()}
+        return function(op, *given, **named)
 
     of_operation.__name__ = of_operation.__qualname__ = f"{estimator}_{op.__name__}"
-    of_operation.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return of_operation
+
+
+def has_rule(operation: Any) -> bool:
+    """Whether any estimator has a rule for the operation."""
+    return any(known == canonical(operation) for _, known in _RULES)
 
 
 def find(estimator: str, operation: Any) -> Rule | None:
     """The rule, or None where the operation has none."""
-    return _RULES.get((estimator, operation))
+    return _RULES.get((estimator, canonical(operation)))
 
 
 def check(estimator: Any) -> str:
@@ -116,16 +124,6 @@ def check(estimator: Any) -> str:
     if not isinstance(estimator, str) or estimator not in known:
         raise EstimatorError(f"estimator={estimator!r}: one of {', '.join(sorted(known))} is needed")
     return estimator
-
-
-def automatic(operation: Any, input_dim: int) -> str:
-    """What "auto" takes: the least gradient variance of what is exact for this use.
-
-    Local reparameterization where a weight is used once per datum, which is a linear map of `(batch, features)`;
-    flipout where it is used at several positions of one datum.
-    """
-    once_per_datum = (*LINEAR, *MATMUL, F.bilinear)
-    return "local" if input_dim <= 2 and operation in once_per_datum else "flipout"
 
 
 # --- local reparameterization (Kingma, Salimans & Welling 2015, arXiv:1506.02557)
@@ -148,7 +146,29 @@ def _mean_of(parameter: Any) -> Any:
     return parameter.mu if isinstance(parameter, Moments) else parameter
 
 
-@rule("local", *LINEAR, *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
+def _rows(arguments: dict[str, Any]) -> int:
+    """Of the input of a linear map: each uses every element of the weight once."""
+    name = next(name for name in ("input", "input1", "mat1") if name in arguments)
+    return math.prod(arguments[name].shape[:-1])
+
+
+def _rows_beside(arguments: dict[str, Any]) -> int | None:
+    """Of x in `x @ w`; columns in `w @ x`."""
+    left, right = arguments["input"].shape, arguments["other"].shape
+    return math.prod(left[:-1]) if len(right) == 2 else math.prod(right) // left[-1] if len(left) == 2 else None
+
+
+def _looked_up(arguments: dict[str, Any]) -> int:
+    return math.prod(arguments["input"].shape)
+
+
+def _broadcast(arguments: dict[str, Any]) -> int:
+    sizes = [math.prod(getattr(arguments[name], "shape", ())) for name in ("input", "other")]
+    return max(sizes) // max(1, min(sizes))
+
+
+@rule("local", *LINEAR, along=("bias",), uses=_rows)
+@rule("local", *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
 def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
     """Mean = op(x, mu), variance = op(x², sigma²), the bias' variance added; one noise per output element.
 
@@ -161,16 +181,27 @@ def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *set
     return _with_noise(mean, var.float() * scale**2 if isinstance(scale, Tensor) else var)
 
 
-@rule("local", *MATMUL, of=("input", "other"))
+@rule("local", "matmul", "mm", of=("input", "other"), uses=_rows_beside)
 def local_matmul(op: Any, input: Any, other: Any) -> Tensor:
     """`x @ w` and `w @ x` with one noise per output element."""
-    product = torch.matmul
-    mean = product(_mean_of(input), _mean_of(other))
+    mean = op(_mean_of(input), _mean_of(other))
     left, right = (p.var() if isinstance(p, Moments) else p.square() for p in (input, other))
-    return _with_noise(mean, product(left, right))
+    return _with_noise(mean, op(left, right))
 
 
-@rule("local", F.bilinear, along=("bias",))
+def _no_bias(arguments: dict[str, Any]) -> str | None:
+    if arguments.get("scales"):
+        return "it is scaled (alpha, beta)"
+    return None if len(arguments["input"].shape) == 1 else "what is added is no bias, a vector"
+
+
+@rule("local", "addmm", of=("mat2",), along=("input",), refuses=_no_bias, uses=_rows)
+def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
+    """`input + mat1 @ mat2` is a linear layer whose weight is mat2ᵀ."""
+    return local_affine(F.linear, mat1, mat2.viewed(torch.t, transposes=True), input)
+
+
+@rule("local", F.bilinear, along=("bias",), uses=_rows)
 def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
     """x₁ᵀ w x₂ is linear in w: its variance is that of the squares."""
     mean = op(input1, input2, weight.mu, _mean_of(bias))
@@ -178,11 +209,11 @@ def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bia
     return _with_noise(mean, op(input1.square(), input2.square(), weight.var(), bias_var))
 
 
-def _renormalised(arguments: dict[str, Any]) -> str | None:
+def _renormalized(arguments: dict[str, Any]) -> str | None:
     return "max_norm depends on the drawn rows" if arguments["settings"].get("max_norm") is not None else None
 
 
-@rule("local", F.embedding, refuses=_renormalised)
+@rule("local", F.embedding, refuses=_renormalized, uses=_looked_up)
 def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
     """Noise for the rows looked up alone; a row that is looked up twice gets two noises."""
     mean: Tensor = op(input, weight.mu, **settings)
@@ -190,41 +221,56 @@ def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) ->
     return mean + (sigma * torch.randn_like(sigma)).to(mean.dtype)
 
 
+def _scaled(arguments: dict[str, Any]) -> str | None:
+    return "it is scaled (alpha)" if arguments.get("scales") else None
+
+
+@rule("local", "add", of=("input", "other"), refuses=_scaled, uses=_broadcast)
+def local_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
+    """`x + w` with one noise per output element."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x + w.mu
+    return mean + w.sigma.to(mean.dtype) * torch.randn_like(mean)
+
+
+@rule("local", "mul", of=("input", "other"), uses=_broadcast)
+def local_mul(op: Any, input: Any, other: Any) -> Tensor:
+    """`x * w` with one noise per output element."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x * w.mu
+    return mean + x * w.sigma.to(mean.dtype) * torch.randn_like(mean)
+
+
 # --- flipout (Wen, Vicol, Ba, Tran & Grosse 2018, arXiv:1803.04386)
-
-
-def _signs(like: Tensor, channel_dim: int, batched: bool) -> Tensor:
-    """Random signs per example (dimension 0) and channel, constant over all other positions."""
-    channel_dim %= like.dim()
-    kept = {channel_dim, 0} if batched else {channel_dim}
-    shape = [size if dim in kept else 1 for dim, size in enumerate(like.shape)]
-    return torch.randint(0, 2, shape, device=like.device).to(like.dtype).mul_(2).sub_(1)
 
 
 @rule("flipout", *LINEAR, *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
 def flipout_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
-    """op(x, mu) + s·op(r·x, delta): one perturbation delta = sigma·eps a call, with each example's own signs r and s.
-
-    The signs are constant over positions, so every example sees one drawn weight at all its positions.
-    """
-    channel_dim = -1 if op in LINEAR else 1 - weight.mu.dim()
-    batched = input.dim() > -channel_dim
+    """op(x, mu) + s·op(r·x, delta): one perturbation delta = sigma·eps a call, with each example's own signs r and s."""
+    channels = -1 if op in LINEAR else 1 - weight.mu.dim()
+    outer, inner = (1, 0) if op in TRANSPOSED else (0, 1)
     mean: Tensor = op(input, weight.mu, _mean_of(bias), *settings, **named)
     delta = bias.perturbation() if isinstance(bias, Moments) else None
-    flipped = input * _signs(input, channel_dim, batched)
+    flipped = input * weight.flip(input, inner, channels)
     perturbed: Tensor = op(flipped, weight.perturbation(), delta, *settings, **named)
-    return mean + perturbed * _signs(perturbed, channel_dim, batched)
+    return mean + perturbed * weight.flip(perturbed, outer, channels)
 
 
 def _not_a_matrix_on_the_right(arguments: dict[str, Any]) -> str | None:
-    other = arguments.get("other")
-    return None if isinstance(other, Tensor) and other.dim() == 2 else "flipout takes x @ w with a matrix w alone"
+    shape = getattr(arguments.get("other"), "shape", ())
+    return None if len(shape) == 2 else "flipout takes x @ w with a matrix w alone"
 
 
-@rule("flipout", *MATMUL, of=("other",), refuses=_not_a_matrix_on_the_right)
-def flipout_matmul(op: Any, input: Tensor, other: Moments) -> Tensor:
+@rule("flipout", "matmul", "mm", of=("other",), refuses=_not_a_matrix_on_the_right)
+def flipout_matmul(op: Any, input: Any, other: Moments) -> Tensor:
     """`x @ w` is a linear layer whose weight is wᵀ."""
-    return flipout_affine(F.linear, input, Moments(other.mu.T, other.sigma.T))
+    return flipout_affine(F.linear, input, other.viewed(torch.t, transposes=True))
+
+
+@rule("flipout", "addmm", of=("mat2",), along=("input",), refuses=_no_bias)
+def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
+    """`input + mat1 @ mat2` is a linear layer whose weight is mat2ᵀ."""
+    return flipout_affine(F.linear, mat1, mat2.viewed(torch.t, transposes=True), input)
 
 
 @rule("flipout", F.bilinear, along=("bias",))
@@ -232,14 +278,44 @@ def flipout_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, b
     """Signs of each example's own on both inputs and the output."""
     mean: Tensor = op(input1, input2, weight.mu, _mean_of(bias))
     delta = bias.perturbation() if isinstance(bias, Moments) else None
-    flipped = [x * _signs(x, -1, x.dim() > 1) for x in (input1, input2)]
+    flipped = [x * weight.flip(x, axis, -1) for axis, x in ((1, input1), (2, input2))]
     perturbed: Tensor = op(*flipped, weight.perturbation(), delta)
-    return mean + perturbed * _signs(perturbed, -1, perturbed.dim() > 1)
+    return mean + perturbed * weight.flip(perturbed, 0, -1)
 
 
-@rule("flipout", F.embedding, refuses=_renormalised)
+@rule("flipout", F.embedding, refuses=_renormalized)
 def flipout_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
     """Signs of each example's own on the embedding's dimensions: a row looked up twice by it gets one noise."""
     mean: Tensor = op(input, weight.mu, **settings)
     perturbed: Tensor = op(input, weight.perturbation(), **settings)
-    return mean + perturbed * _signs(perturbed, -1, perturbed.dim() > 1)
+    perturbed = perturbed * weight.flip(perturbed, 1, -1)
+    if weight.is_kept and weight.examples.dim is not None:  # other uses may sum over rows, each with a sign of its own
+        perturbed = perturbed * _signs_of_rows(input, weight).unsqueeze(-1)
+    return mean + perturbed
+
+
+def _signs_of_rows(input: Tensor, weight: Moments) -> Tensor:
+    """The sign of each row looked up, in the example that does so, in the shape of `input`."""
+    number = torch.arange(weight.examples.count, device=input.device).unsqueeze(-1)
+    example = weight.examples.spread(number, input.unsqueeze(-1), -1).squeeze(-1)
+    return weight.signs(0)[example, input]
+
+
+@rule("flipout", "add", of=("input", "other"), refuses=_scaled)
+def flipout_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
+    """`x + w`, w with each example's own signs along its last dimension."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x + w.mu
+    return mean + w.perturbation() * _flip_last(w, mean)
+
+
+@rule("flipout", "mul", of=("input", "other"))
+def flipout_mul(op: Any, input: Any, other: Any) -> Tensor:
+    """`x * w`, w with each example's own signs along its last dimension."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x * w.mu
+    return mean + x * (w.perturbation() * _flip_last(w, mean))
+
+
+def _flip_last(w: Moments, like: Tensor) -> Tensor | float:
+    return w.flip(like, max(0, w.mu.dim() - 1), -1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vjp
 from torch.utils import _pytree as pytree
 
-from varify.draws import vectorised
+from varify.draws import vectorized
 from varify.errors import PriorError
 from varify.module import VariationalModule
 from varify.objective import Criterion, batch_size, scalar, unpack
@@ -127,7 +127,7 @@ def _per_datum(
 
 
 def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch: Any, size: int) -> Iterator[Squares]:
-    """Sums over parts of the batch: vectorised where the operations allow it, else one datum at a time."""
+    """Sums over parts of the batch: vectorized where the operations allow it, else one datum at a time."""
     leaves, spec = pytree.tree_flatten(batch)
     dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None for leaf in leaves]
 
@@ -139,7 +139,7 @@ def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch:
     for start in range(0, size, chunk):
         rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)]
         try:
-            squares = vectorised(of_row, tuple(dims))(*rows)
+            squares = vectorized(of_row, tuple(dims))(*rows)
             yield {name: square.sum(0) for name, square in squares.items()}
         except Exception:  # no batching rule; an error of the user's own comes again below
             for i in range(start, min(start + chunk, size)):

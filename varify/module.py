@@ -3,31 +3,30 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.copies import copy_network, weightless_copy
 from varify.draws import many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
-from varify.estimators import Moments
-from varify.modes import Modes
+from varify.graph.examples import count_of
+from varify.graph.plans import Plan, Record, in_transform, record, run_planned
+from varify.graph.recording import placeholders
+from varify.graph.rewriting import refuse
 from varify.posteriors import PRUNED, GaussianPosterior, Posteriors, draw
 from varify.prediction import gather
 from varify.priors import Prior
-from varify.programs import Programs
-from varify.rewriting import Program
 from varify.selection import Site, aliases, matching, places, sites
 from varify.sharding import gathered, is_sharded, refuse_sharded, whole
-from varify.snapshots import unchanged
+from varify.signature import has_hooks, kind_of_call
+from varify.slots import Slots
 from varify.summary import Row, Summary
-from varify.swapping import Swap
 from varify.trees import Tree
-from varify.turns import Turns
 
 
 class VariationalModule(nn.Module):
@@ -42,8 +41,6 @@ class VariationalModule(nn.Module):
             their mean (the padding row of an embedding), `PRUNED` at those that stay at 0.
     """
 
-    runs_opaque = True  # within another variational module: it draws for itself
-
     def __init__(
         self,
         network: nn.Module,
@@ -52,6 +49,7 @@ class VariationalModule(nn.Module):
         skipped: dict[str, str],
         estimators: Mapping[str, str],
         strict: bool,
+        batch_dim: int,
     ) -> None:
         super().__init__()
         self.module = network
@@ -66,11 +64,11 @@ class VariationalModule(nn.Module):
         self._skipped = skipped
         self._estimators = dict(estimators)
         self._strict = strict
+        self._batch_dim = batch_dim
         self._noise: dict[str, Tensor] | None = None
         self._seed: int | None = None
-        self._programs: Programs | None = None
-        self._turns = Turns()
-        self._modes = Modes()
+        self._found: Slots | None = None
+        self._sampling: list[bool] = []
         self.training = network.training
 
     # --- the posteriors
@@ -81,29 +79,19 @@ class VariationalModule(nn.Module):
         return Posteriors(self._posteriors(), aliases(self.module))
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
-        if torch.compiler.is_compiling():  # a compiler can follow this, but no locks
-            return {
-                name: GaussianPosterior(
-                    self.module.get_parameter(name),
-                    self.rho.leaf_at(name),
-                    self.prior.leaf_at(name),
-                    self.fixed.leaf_at(name),
-                )
-                for name in self._chosen
-            }
-        with self._turns.reading():
-            return {
-                name: GaussianPosterior(
-                    whole(site.parameter),
-                    whole(self.rho.leaf_at(name)),
-                    self.prior.leaf_at(name),
-                    self.fixed.leaf_at(name),
-                )
-                for name, site in self._live_programs().sites.items()
-            }
+        names = self._chosen if torch.compiler.is_compiling() else self._slots().sites
+        return {
+            name: GaussianPosterior(
+                whole(self.module.get_parameter(name)),
+                whole(self.rho.leaf_at(name)),
+                self.prior.leaf_at(name),
+                self.fixed.leaf_at(name),
+            )
+            for name in names
+        }
 
-    def _live_programs(self) -> Programs:
-        if self._programs is None or not self._programs.fits(self.module):
+    def _slots(self) -> Slots:
+        if self._found is None or not self._found.fits(self.module):
             everything = sites(self.module)
             lost = [
                 name
@@ -117,8 +105,8 @@ class VariationalModule(nn.Module):
                     f"{listed(lost)} of vnet.module changed since the conversion, and so has no posterior; "
                     "change the plain network first, then convert it"
                 )
-            self._programs = Programs(self.module, {name: everything[name] for name in self._chosen})
-        return self._programs
+            self._found = Slots(self.module, {name: everything[name] for name in self._chosen})
+        return self._found
 
     # --- forward
 
@@ -129,85 +117,87 @@ class VariationalModule(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
-        if not (self.training or self._modes.draws):
-            with self._turns.reading():
-                return self.module(*args, **kwargs)
-        estimating = self.training and not self._modes.draws and self._noise is None
-        wanted = {name: e for name, e in self._estimators.items() if e != "weights"} if estimating else {}
-        program, tensors = self._find(args, kwargs, wanted, self._strict)
-        return self._run_as_written(program, self._theta(program), tensors)
+        if not (self.training or self._sampling):
+            return self._at_means(args, kwargs)
+        if self._estimates():
+            return self._estimated(args, kwargs)
+        with self._slots().views.taken(draw(self._posteriors(), self._noise)) as view:
+            return view.network(*args, **kwargs)
+
+    def _estimates(self) -> bool:
+        """Whether a forward of the moment has estimators: in training, unless draws are asked for."""
+        draws = self._sampling or self._noise is not None
+        return self.training and not draws and set(self._estimators.values()) != {"weights"}
+
+    def _estimated(self, args: Any, kwargs: Any) -> Any:
+        """A forward with estimators: the first of its kind is recorded, with drawn weights, later ones are planned."""
+        slots, posteriors = self._slots(), self._posteriors()
+        inputs = placeholders(args, kwargs)
+        count = count_of(inputs, self._batch_dim)
+        kind = (kind_of_call(args, kwargs), count == 1)
+        if kind not in slots.plans:
+            return self._first_of_its_kind(kind, inputs, args, kwargs)
+        return run_planned(slots.plans[kind], slots.views, posteriors, count, lambda network: network(*args, **kwargs))
+
+    def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        slots = self._slots()
+        with slots.views.taken(draw(self._posteriors())) as view:
+            if in_transform():  # of torch.func, where values can't be looked at
+                if self._strict:
+                    raise EstimatorError("strict=True: call the module once outside of torch.func's transforms first")
+                return view.network(*args, **kwargs)
+            output, found = record(view.network, lambda network: network(*args, **kwargs), inputs, slots.sites)
+        plan = Plan(found, self._estimators, self._batch_dim)
+        refuse(plan.decisions, self._strict)
+        slots.plans[kind] = plan
+        return output
+
+    def _at_means(self, args: Any, kwargs: Any) -> Any:
+        pruned = self._pruned()
+        if not pruned:
+            return self.module(*args, **kwargs)
+        with self._slots().views.taken({name: q.mean.to(q.mu.dtype) for name, q in pruned.items()}) as view:
+            return view.network(*args, **kwargs)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch.compile sees of a forward: it makes a program of its own, of drawn weights in the user's code."""
+        """What torch.compile sees of a forward: drawn weights in the user's code."""
         if self._strict and set(self._estimators.values()) != {"weights"}:
             raise EstimatorError("strict=True: under torch.compile weights are drawn, whatever the estimator")
-        if not (self.training or self._modes.draws):
+        if not (self.training or self._sampling):
+            theta = {name: q.mean.to(q.mu.dtype) for name, q in self._pruned().items()}
+        else:
+            theta = draw(self._posteriors(), self._noise)
+        if not theta:
             return self.module(*args, **kwargs)
-        theta = draw(self._posteriors(), self._noise)
         in_place = {name: theta[first] for name, first in self._places.items() if first in theta}
         return functional_call(self.module, in_place, args, kwargs, tie_weights=False)
-
-    def _find(
-        self, args: Any, kwargs: Any, wanted: Mapping[str, str] | None = None, strict: bool = False
-    ) -> tuple[Program, list[Any]]:
-        """The program for a call, and what to run it on."""
-        with self._turns.reading():
-            return self._live_programs().find(args, kwargs, wanted or {}, strict)
-
-    def _run(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
-        with self._turns.writing() if program.swaps else nullcontext():
-            return program(self, theta, tensors)
-
-    def _run_as_written(self, program: Program, theta: Mapping[str, Any], tensors: Sequence[Any]) -> Any:
-        """`_run`, in which an error is raised where the user's own code has it: that runs again, with the same weights.
-
-        Where an estimator draws outputs and not weights, with its means.
-        """
-        try:
-            return self._run(program, theta, tensors)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if "" in program.opaque:  # it was the user's own code that ran
-                raise
-            failed = error
-        args, kwargs = program.call_of(tensors)
-        weights = {name: w.mu if isinstance(w, Moments) else w for name, w in theta.items()}
-        with unchanged(self.module):
-            Swap(self.module, weights, self._turns).call(self.module, *args, **kwargs)
-        raise failed
-
-    def _theta(self, program: Program) -> dict[str, Any]:
-        """What a program is given for the parameters: a draw, or the moments of those it has an estimator for."""
-        posteriors = self._posteriors()
-        estimated = {name for name, (estimator, _) in program.estimators.items() if estimator != "weights"}
-        theta: dict[str, Any] = draw({n: q for n, q in posteriors.items() if n not in estimated}, self._noise)
-        for name in estimated:
-            q = posteriors[name]
-            theta[name] = Moments(q.mean.to(q.mu.dtype), q.sigma)
-        return theta
 
     def functional(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The network as a pure function of its weights, for `torch.func`: `f(theta, *args, **kwargs)`.
 
         Args:
-            args: of an example call, as are `kwargs`: f serves calls with tensors in the same places (and everything
-                else equal), in the modes of the moment.
+            args: of an example call, as are `kwargs`; not needed, since f serves any call.
             kwargs: likewise.
 
         Returns:
-            f; `theta` has a tensor of the parameter's shape for every name in `posteriors`.
+            f, in the modes of the moment it is called. `theta` has a tensor of the parameter's shape for every name in
+            `posteriors`. What forward sets is forgotten.
         """
-        program, _ = self._find(args, kwargs)
-        names = set(self._live_programs().sites)
+        return self._function(None)
+
+    def _function(self, training: bool | None) -> Callable[..., Any]:
+        """See `functional`; `training` is the mode of all parts, None for those of the moment."""
 
         def f(theta: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            if not names <= set(theta):
+            slots = self._slots()
+            lacking = sorted(slots.sites.keys() - theta.keys())
+            if lacking:
                 raise ValueError(
-                    f"theta lacks {listed(sorted(names - set(theta)))}: a weight for every name in vnet.posteriors is "
+                    f"theta lacks {listed(lacking)}: a weight for every name in vnet.posteriors is "
                     "needed, such as {name: q.rsample() for name, q in vnet.posteriors.items()}"
                 )
-            return self._run(program, theta, program.tensors_of(args, kwargs))
+            with slots.apart.taken(theta, training) as view:
+                return view.network(*args, **kwargs)
 
         return f
 
@@ -241,35 +231,38 @@ class VariationalModule(nn.Module):
         """
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
-        with self.in_eval(), gathered(self):
-            program, tensors = self._find(args, kwargs)
-            slow = self._slow_at_once()
-            draws, vectorized = many(
-                lambda theta: self._run(program, theta, tensors),
+        with gathered(self):
+            slots = self._slots()
+            buffers: dict[int, Tensor] = {}
+
+            def run(theta: Mapping[str, Any]) -> Any:
+                with slots.apart.taken(theta, training=False, buffers=buffers) as view, _all_sampling(view.network):
+                    return view.network(*args, **kwargs)
+
+            kind = kind_of_call(args, kwargs)
+            slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module)
+            draws = many(
+                run,
                 lambda: draw(self._posteriors(), self._noise),
                 n_samples,
-                False if program.sets_attributes else vectorize,
-                slow=slow or program.one_by_one,
-                alone=lambda theta: self._run_as_written(program, theta, tensors),
+                vectorize,
+                slow=slow,
+                watch=not slots.keeps_nothing,
             )
-            program.one_by_one |= vectorize is None and not slow and not vectorized
-        return gather(draws, outputs, class_dim, vectorized)
+            slots.keeps_nothing |= draws.keeps is False
+            if not (slow or draws.vectorized or draws.keeps) and vectorize is None:
+                slots.sequential.add(kind)  # it would fail again
+        return gather(draws.outputs, outputs, class_dim, draws.vectorized)
 
-    def _slow_at_once(self) -> bool:
+    def _slow_vectorized(self) -> bool:
         # Convolutions with a weight for each draw become grouped ones, which are two to four times slower on a CPU.
-        sites = self._live_programs().sites.values()
+        sites = self._slots().sites.values()
         return any(isinstance(s.owner, nn.modules.conv._ConvNd) and s.parameter.device.type == "cpu" for s in sites)
-
-    @contextmanager
-    def in_eval(self) -> Iterator[None]:
-        """Within, all parts are in eval mode; as they were afterwards, also after an exception."""
-        with self._modes.in_eval(self):
-            yield
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Within, every forward draws its weights, in eval mode as well."""
-        with self._modes.sampling():
+        with _all_sampling(self):
             yield
 
     @contextmanager
@@ -286,7 +279,10 @@ class VariationalModule(nn.Module):
         before = self._noise, self._seed
         self._noise, self._seed = dict(noise or {}), None
         try:
-            yield
+            with ExitStack() as stack:
+                for part in variational_parts(self.module):
+                    stack.enter_context(part.fixed_draw())
+                yield
         finally:
             self._noise, self._seed = before
 
@@ -299,9 +295,11 @@ class VariationalModule(nn.Module):
             return {name: q.kl_divergence() for name, q in posteriors.items()}
         # within `fixed_draw` an estimate, too, is a function of mu and rho: from the same random numbers every time
         self._seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
-        devices = {q.rho.device.index for q in posteriors.values() if q.rho.is_cuda}
-        with torch.random.fork_rng(sorted(devices)):
-            torch.manual_seed(self._seed)
+        devices = cuda_devices(posteriors)
+        with torch.random.fork_rng(devices):
+            # not torch.manual_seed, which seeds the generators of all devices, also of those that are not forked
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(self._seed)
             return {name: q.kl_divergence() for name, q in posteriors.items()}
 
     def prior_loss(self) -> Tensor:
@@ -327,8 +325,9 @@ class VariationalModule(nn.Module):
             SelectionError: `where` matches nothing.
         """
         wanted = priors.make(prior, **hyperparameters)
-        live = self._live_programs().sites
-        bound = {name: bind(wanted, live[name]) for name in matching(live, where)}
+        live, first = self._slots().sites, aliases(self.module)
+        chosen = matching([name for name in first if first[name] in live], where)
+        bound = {first[name]: bind(wanted, live[first[name]]) for name in chosen}
         for name, new in bound.items():
             self.prior.put_leaf(name, new)
 
@@ -337,32 +336,44 @@ class VariationalModule(nn.Module):
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
         refuse_sharded(self, "mean_model()")
-        self._hold_pruned()
-        with self._turns.reading():
-            return copy_network(self.module)
+        return self._ordinary(lambda part: {name: q.mean for name, q in part._pruned().items()})
 
-    @torch.no_grad()
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""
         refuse_sharded(self, "sample_model()")
-        theta = draw(self._posteriors(), self._noise)
-        with self._turns.reading():
-            sample = copy_network(self.module)
-        for name, site in sites(sample).items():
-            if name in theta:
-                site.parameter.copy_(theta[name])
-        return sample
+        return self._ordinary(lambda part: draw(part._posteriors(), part._noise))
+
+    @torch.no_grad()
+    def _ordinary(self, weights: Callable[["VariationalModule"], Mapping[str, Tensor]]) -> nn.Module:
+        """A copy of the network with these weights, also of the variational modules within it."""
+        new = copy_network(self.module)
+        inside = sites(new)
+        for name, weight in weights(self).items():
+            inside[name].parameter.copy_(weight)
+        if isinstance(new, VariationalModule):
+            return new._ordinary(weights)
+        for module in list(new.modules()):
+            for name, child in module._modules.items():
+                if isinstance(child, VariationalModule):
+                    module._modules[name] = child._ordinary(weights)
+        return new
 
     # --- what it looks like
 
-    def summary(self) -> Summary:
-        """A table, also in notebooks: of each parameter name, shape, prior, estimator or why not, sigma, KL."""
+    def summary(self, *inputs: Any, **named: Any) -> Summary:
+        """A table, also in notebooks: of each parameter name, shape, prior, estimator or why not, sigma, KL.
+
+        Args:
+            inputs: of the network, as is `named`: the table tells what estimators do in such a call. Without, what
+                they did in the calls so far.
+            named: likewise.
+        """
         other_names: dict[str, list[str]] = {}
         for name, first in aliases(self.module).items():
             if name != first:
                 other_names.setdefault(first, []).append(name)
+        plans = [self._planned(inputs, named)[1]] if inputs or named else list(self._slots().plans.values())
         rows = []
-        programs = self._live_programs().made.values()
         with torch.no_grad():
             posteriors = self._posteriors()
             for name, site in sites(self.module).items():
@@ -370,29 +381,54 @@ class VariationalModule(nn.Module):
                 names = (name, *other_names.get(name, ()))
                 if name in posteriors:
                     q = posteriors[name]
-                    told = self._told_of_estimator(name)
+                    told = self._told_of_estimator(name, plans)
                     rows.append(Row(names, shape, repr(q.prior), told, float(q.sigma.mean()), float(q.kl_divergence())))
                 else:
                     rows.append(Row(names, shape, "", self._skipped.get(name, "not chosen")))
-        opaque = {path: why for program in programs for path, why in program.opaque.items()}
-        return Summary(type(self.module).__name__, rows, opaque)
+        return Summary(type(self.module).__name__, rows)
 
-    def _told_of_estimator(self, name: str) -> str:
+    def _told_of_estimator(self, name: str, plans: Sequence[Plan]) -> str:
         wanted = self._estimators[name]
         if wanted == "weights":
             return wanted
-        found = [p.estimators[name] for p in self._live_programs().made.values() if name in p.estimators]
-        told = dict.fromkeys(f"{e} ({why})" if why else e for e, why in found if e != "weights" or why)
+        found = [plan.decisions[name] for plan in plans]
+        told = dict.fromkeys(f"{d.estimator} ({d.why})" if d.why else d.estimator for d in found)
         return "; ".join(told) or f"{wanted}, from the first training call on"
 
-    def code(self, *args: Any, **kwargs: Any) -> str:
-        """The programs made so far as Python; with arguments, the one that draws weights for such a call."""
-        programs = self._live_programs()
-        if args or kwargs:
-            return self._find(args, kwargs)[0].source
-        if not programs.made:
-            return "# no program yet: one is made by the first training call, or by code(*inputs)\n"
-        return "\n\n".join(dict.fromkeys(program.source for program in programs.made.values()))
+    def graph(self, *inputs: Any, **named: Any) -> fx.GraphModule:
+        """A call as a torch.fx graph, with posteriors and rules in the places of parameters and operations.
+
+        What the network does with these inputs is recorded, in its modes of the moment; nothing of it is kept. The
+        graph holds for these shapes, and for data that decide alike (`meta["decisions"]`, `meta["decided"]`).
+
+        Args:
+            inputs: of the network, as is `named`.
+            named: likewise.
+
+        Returns:
+            A runnable module: it takes the distinct tensors of the call, and returns those of the output, as a tuple.
+        """
+        found, plan = self._planned(inputs, named)
+        module = found.module(plan.decisions, self._posteriors(), self.module)
+        module.meta["decided"] = plan.decided
+        return module
+
+    def code(self, *inputs: Any, **named: Any) -> str:
+        """The code of `graph(*inputs)`, as Python."""
+        module = self.graph(*inputs, **named)
+        decided = [f"# data decided: {line}" for line in module.meta["decided"]]
+        return "\n".join([*decided, str(module.code).strip(), ""])
+
+    def _planned(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Record, Plan]:
+        """A call recorded that leaves nothing behind, and its plan."""
+        if not inputs and not named:
+            raise ValueError("inputs of the network are needed, such as a batch: the call with them is recorded")
+        slots, posteriors = self._slots(), self._posteriors()
+        tensors = placeholders(inputs, named)
+        with torch.random.fork_rng(cuda_devices(posteriors)), slots.apart.taken(draw(posteriors), buffers={}) as view:
+            _, found = record(view.network, lambda network: network(*inputs, **named), tensors, slots.sites)
+        estimators = self._estimators if self._estimates() else dict.fromkeys(self._estimators, "weights")
+        return found, Plan(found, estimators, self._batch_dim)
 
     def extra_repr(self) -> str:
         """How many parameters are variational."""
@@ -401,15 +437,13 @@ class VariationalModule(nn.Module):
     # --- state
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; while another thread runs the network with drawn weights, it waits."""
-        self._hold_pruned()
-        with self._turns.reading():
-            return super().state_dict(*args, **kwargs)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; while another thread runs the network with drawn weights, it waits."""
-        with self._turns.reading():
-            super().zero_grad(set_to_none)
+        """As in torch; weights that were pruned are 0 in it."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name, q in self._pruned().items():
+            key = f"{prefix}module.{name}"
+            state[key] = torch.where(q.fixed == PRUNED, 0.0, state[key])
+        return state
 
     def get_extra_state(self) -> dict[str, Any]:
         """Priors with their hyper-parameters, and estimators, as numbers and strings."""
@@ -436,27 +470,21 @@ class VariationalModule(nn.Module):
         for name in state["fixed"]:
             if name in self._chosen:
                 self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
-        self._programs = None
-
-    def fix(self, name: str, mask: Tensor) -> None:
-        """Give a parameter the mask `fixed`, `(*shape)`; weights that are `PRUNED` become 0."""
-        self.fixed.put_leaf(name, mask.to(torch.int8).to(self.rho.leaf_at(name).device))
-        self._hold_pruned()
+        self._found = None
 
     @torch.no_grad()
-    def _hold_pruned(self) -> None:
-        # Draws have them at 0 anyhow; but the means are the network's own, and momentum moves what has no gradient.
-        if next(self.fixed.buffers(), None) is not None:
-            for q in self._posteriors().values():
-                if q.fixed is not None:
-                    q.mu[q.fixed == PRUNED] = 0.0
+    def fix(self, name: str, mask: Tensor) -> None:
+        """Give a parameter the mask `fixed`, `(*shape)`; weights that are `PRUNED` become 0."""
+        mask = mask.to(torch.int8).to(self.rho.leaf_at(name).device)
+        self.fixed.put_leaf(name, mask)
+        mu = self._slots().sites[name].parameter
+        mu[mask == PRUNED] = 0.0
 
-    def train(self, mode: bool = True) -> "VariationalModule":
-        """As in torch: `train()` draws the weights, `eval()` uses their means."""
-        self._hold_pruned()
-        if not self._modes.train_later(self, mode):
-            super().train(mode)
-        return self
+    def _pruned(self) -> dict[str, GaussianPosterior]:
+        """The posteriors that have weights held at 0, whatever an optimizer's momentum does to the means."""
+        if next(self.fixed.buffers(), None) is None:
+            return {}
+        return {name: q for name, q in self._posteriors().items() if q.fixed is not None}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but all or nothing: where torch would refuse halfway, nothing has changed yet."""
@@ -476,30 +504,58 @@ class VariationalModule(nn.Module):
             raise
         return super().load_state_dict(state_dict, strict, assign)
 
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """Those of the network. The hyper-parameters of priors and the masks are the variational module's settings.
+
+        So averaging (`swa_utils.AveragedModel`) and broadcasting take what the network computes, and no settings.
+        """
+        dot = f"{prefix}." if prefix else ""
+        return self.module.named_buffers(f"{dot}module", recurse, remove_duplicate)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VariationalModule":
-        self._programs = None
+        self._found = None
         super()._apply(fn, recurse)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        # programs are made again when needed, and contexts end with the original
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_turns", "_modes")}
-        return {**kept, "_programs": None, "_noise": None, "_seed": None}
+    def state_of_a_copy(self) -> dict[str, Any]:
+        """What a copy of this module has of its own: what was found out is found out again; contexts end here."""
+        return {"_found": None, "_noise": None, "_seed": None, "_sampling": []}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._turns, self._modes = Turns(), Modes()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **self.state_of_a_copy()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariationalModule":
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         state = self.__getstate__()
-        with self._turns.reading():
-            state["_modules"] = {
-                name: copy_network(child, memo) for name, child in self._modules.items() if child is not None
-            }
+        state["_modules"] = {
+            name: copy_network(child, memo) for name, child in self._modules.items() if child is not None
+        }
         new.__setstate__(copy.deepcopy(state, memo))
         return new
+
+
+def cuda_devices(posteriors: Mapping[str, GaussianPosterior]) -> list[int]:
+    """Of the parameters, for `torch.random.fork_rng`."""
+    return sorted({q.rho.device.index for q in posteriors.values() if q.rho.is_cuda})
+
+
+def variational_parts(module: nn.Module) -> list[VariationalModule]:
+    """All variational modules within `module`, itself too."""
+    return [part for part in module.modules() if isinstance(part, VariationalModule)]
+
+
+@contextmanager
+def _all_sampling(module: nn.Module) -> Iterator[None]:
+    """Within, every variational module within `module` draws its weights in eval mode as well."""
+    parts = variational_parts(module)
+    for part in parts:
+        part._sampling.append(True)  # and not a count: this is one step, whatever other threads do
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._sampling.pop()
 
 
 def bind(prior: Prior, site: Site) -> Prior:
@@ -515,8 +571,7 @@ def prior_loss(module: nn.Module) -> Tensor:
 
     For a network of which only a part is variational, such as a Bayesian head on a plain body.
     """
-    inside = [m for m in module.modules() if isinstance(m, VariationalModule)]
-    terms = [term for variational in inside for term in variational.kl_divergence().values()]
+    terms = [term for part in variational_parts(module) for term in part.kl_divergence().values()]
     if not terms:
         return torch.zeros(())
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()

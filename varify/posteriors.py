@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varify.divergence import kl_divergence
 from varify.errors import listed
+from varify.moments import Moments
 
 if TYPE_CHECKING:
     from varify.priors import Prior
@@ -91,6 +92,11 @@ class GaussianPosterior:
     def rsample(self) -> Tensor:
         """One draw, `(*shape)`, in the network's dtype, differentiable in mu and rho."""
         return self.at(self.noise()).to(self.mu.dtype)
+
+    def moments(self, *, keeping: bool = False) -> Moments:
+        """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator; `keeping`: see `Kept`."""
+        moments = Moments(self.mean.to(self.mu.dtype), self.sigma)
+        return moments.keeping() if keeping else moments
 
     def entropy(self) -> Tensor:
         """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""

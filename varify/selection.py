@@ -125,7 +125,7 @@ def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str,
     skipped: dict[str, str] = {}
     everything = sites(network)
     _check_where(where, everything)
-    inside = {id(p) for m in network.modules() if getattr(m, "runs_opaque", False) for p in m.parameters()}
+    inside = {id(p) for m in network.modules() if hasattr(type(m), "state_of_a_copy") for p in m.parameters()}
     for name, site in everything.items():
         why_not = "variational already" if id(site.parameter) in inside else _impossible(site)
         if why_not is None:
@@ -229,7 +229,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
         raise ModelError(f"an nn.Module is needed, not {model if isinstance(model, type) else name}{hint}")
-    if getattr(model, "runs_opaque", False):
+    if hasattr(type(model), "state_of_a_copy"):
         raise ModelError("the model is variational already; convert its .module, or .mean_model(), to start over")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ModelError(f"{name} is compiled TorchScript; convert the Python module that it was made from")

@@ -32,11 +32,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows by parameter and, once a program exists, the modules it runs as they are. Prints, also in notebooks."""
+    """Rows by parameter. Prints, also in notebooks."""
 
     network: str
     rows: Sequence[Row]
-    opaque: dict[str, str]
 
     @property
     def totals(self) -> str:
@@ -54,7 +53,7 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*lines, self.totals, *self._notes()])
+        return "\n".join([*lines, self.totals])
 
     __repr__ = __str__
 
@@ -63,8 +62,4 @@ class Summary:
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row.cells()) + "</tr>" for row in self.rows
         )
-        notes = "".join(f"<br>{html.escape(note)}" for note in [self.totals, *self._notes()])
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{notes.removeprefix('<br>')}</p>"
-
-    def _notes(self) -> list[str]:
-        return [f"run as it is: {path or 'the whole network'} ({why})" for path, why in self.opaque.items()]
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self.totals)}</p>"

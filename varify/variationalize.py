@@ -21,6 +21,7 @@ def variationalize(
     init: Any = None,
     estimator: Any = "weights",
     strict: bool = False,
+    batch_dim: int = 0,
     learn_mu: bool = True,
     learn_rho: bool = True,
 ) -> VariationalModule:
@@ -41,7 +42,9 @@ def variationalize(
             forward; "local" draws the outputs of linear operations; "flipout" gives each example perturbations of its
             own; "auto" takes of these the one with the least variance that is exact. Where an estimator can't be had
             (several uses, an operation without a rule) the weights are drawn, and `summary()` says why.
-        strict: raise an EstimatorError in that case, at the call.
+        strict: raise an EstimatorError in that case, at the first call.
+        batch_dim: the dimension of the network's inputs that counts examples, which estimators ask for: 1 for
+            sequences of shape `(length, batch, ...)`. Which rows of each operation belong to one example is found out.
         learn_mu: whether the means require gradients (where the parameters did).
         learn_rho: likewise rho.
 
@@ -70,7 +73,7 @@ def variationalize(
             parameter.data[kept] = site.parameter.detach()[kept]
         rhos[name] = nn.Parameter(rho, requires_grad=site.parameter.requires_grad and learn_rho)
         parameter.requires_grad_(parameter.requires_grad and learn_mu)
-    vnet = VariationalModule(network, rhos, bound, skipped, chosen_estimators, strict)
+    vnet = VariationalModule(network, rhos, bound, skipped, chosen_estimators, strict, batch_dim)
     for name, mask in fixed.items():
         vnet.fix(name, mask)
     return vnet

@@ -1,0 +1,204 @@
+"""The pass itself: a graph whose parameters are posteriors."""
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from varify.errors import EstimatorError
+from varify.estimators import Rule, check, find
+from varify.graph.examples import find_examples
+from varify.graph.planning import Decision, decide, uses_of
+from varify.graph.views import view
+from varify.moments import Examples
+from varify.posteriors import GaussianPosterior
+
+
+def rewrite(
+    graph_module: fx.GraphModule,
+    posteriors: Mapping[str, GaussianPosterior],
+    estimators: Mapping[str, str] | str = "weights",
+    *,
+    inputs: Sequence[Tensor] = (),
+    batch_dim: int = 0,
+    strict: bool = False,
+) -> fx.GraphModule:
+    """A graph in which every parameter that has a posterior is one: a draw, or its moments under an estimator's rule.
+
+    Args:
+        graph_module: of `vnet.graph`, `torch.fx.symbolic_trace`, `torch.export` (`.module()`), ...: parameters are
+            its `get_attr` nodes, or are within modules that it calls and that torch.fx can trace. It is not changed.
+        posteriors: by the parameter's name there, such as `vnet.posteriors`.
+        estimators: one for all, or by name.
+        inputs: tensors to call it with. Flipout and "auto" need them, to find out which rows belong to one example.
+        batch_dim: the dimension of `inputs` that counts examples.
+        strict: raise where an estimator can't be had, in place of drawing the weights.
+
+    Returns:
+        A runnable module: each call draws afresh. `meta["decisions"]` has the `Decision` of each parameter.
+
+    Raises:
+        EstimatorError: an unknown estimator; see `strict`.
+    """
+    chosen = {n: check(estimators if isinstance(estimators, str) else estimators.get(n, "weights")) for n in posteriors}
+    new = fx.GraphModule(graph_module, _inlined(graph_module, set(posteriors)))
+    parameters = {n.target: n for n in new.graph.nodes if n.op == "get_attr" and n.target in posteriors}
+    uses = {str(name): uses_of(node) for name, node in parameters.items()}
+    nodes = [use.node for name in uses if chosen[name] != "weights" for use in uses[name]]
+    given = dict(zip((n.name for n in new.graph.nodes if n.op == "placeholder"), inputs, strict=False))
+    if given:
+        _learn_shapes(new, inputs)
+        values = {str(n.target): _attribute(new, str(n.target)) for n in new.graph.nodes if n.op == "get_attr"}
+        examples = find_examples(new.graph, values, given, nodes, batch_dim)
+    else:
+        examples = dict.fromkeys(nodes)
+    decisions = decide(uses, chosen, examples)
+    refuse(decisions, strict)
+    put(new, parameters, decisions, posteriors)
+    return new
+
+
+def refuse(decisions: Mapping[str, Decision], strict: bool) -> None:
+    """Raise an EstimatorError if `strict` and a parameter is drawn against what was wanted."""
+    failed = "; ".join(f"{name}: {decision.why}" for name, decision in decisions.items() if decision.why)
+    if failed and strict:
+        raise EstimatorError(f"strict=True, and an estimator falls back to drawn weights for {failed}")
+
+
+def put(
+    module: fx.GraphModule,
+    parameters: Mapping[str, fx.Node],
+    decisions: Mapping[str, Decision],
+    posteriors: Mapping[str, GaussianPosterior],
+) -> None:
+    """Put a posterior in the place of each parameter's `get_attr` node, and rules in the places of operations."""
+    graph = module.graph
+    module.posteriors = dict(posteriors)
+    first = next((n for n in graph.nodes if n.op != "placeholder"), None)
+    assert first is not None
+    estimated = {name for name, decision in decisions.items() if decision.uses}
+    with graph.inserting_before(first):
+        source = graph.create_node("get_attr", "posteriors")
+        # the draws first, in the order of the posteriors, which is that of a forward's
+        stand_ins = {}
+        for name in [*(n for n in posteriors if n not in estimated), *(n for n in posteriors if n in estimated)]:
+            if name not in parameters and name in estimated:
+                continue
+            q = graph.call_function(operator.getitem, (source, name))
+            label = name.replace(".", "_")
+            if name in estimated:
+                kept = {"keeping": True} if decisions[name].keeps else {}
+                stand_ins[name] = graph.create_node("call_method", "moments", (q,), kept, name=label)
+            else:
+                stand_ins[name] = graph.create_node("call_method", "rsample", (q,), name=label)
+    for name, node in parameters.items():
+        node.replace_all_uses_with(stand_ins[name])
+        graph.erase_node(node)
+    _place_rules(graph, decisions)
+    module.meta["decisions"] = dict(decisions)
+    module.recompile()
+
+
+def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
+    met: dict[fx.Node, tuple[Rule, Examples]] = {}
+    viewed: set[fx.Node] = set()
+    for decision in decisions.values():
+        for use, examples in decision.uses:
+            rule = find(decision.estimator, use.operation)
+            if rule is not None:
+                met[use.node] = rule, examples
+            _view_moments(graph, use.source, len(use.path), viewed)
+    for node, (rule, examples) in met.items():
+        with graph.inserting_before(node):
+            new = graph.create_node("call_function", rule.function, (examples, *node.args), dict(node.kwargs))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _view_moments(graph: fx.Graph, node: fx.Node, steps: int, viewed: set[fx.Node]) -> None:
+    """Make the views on the way from a parameter to an operation views of its moments."""
+    for _ in range(steps):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        of_tuple = _name(source) in ("chunk", "split", "unbind")
+        if node not in viewed and not of_tuple:
+            viewed.add(node)
+            name, *further = (str(node.args[1]),) if node.target is getattr else (_name(node), *node.args[1:])
+            with graph.inserting_before(node):
+                new = graph.call_function(view, (source, name, *further), node.kwargs)
+            node.replace_all_uses_with(new)
+            new.meta.update(node.meta)
+            graph.erase_node(node)
+        node = source
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+# --- graphs of others
+
+
+class _Through(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Nothing is: parameters are within."""
+        return False
+
+
+def _inlined(module: fx.GraphModule, names: set[str]) -> fx.Graph:
+    """A copy of the graph in which calls of modules that hold a parameter of `names` are what these do."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in names):
+            copies[node] = _called(graph, module, node, copies)
+        elif node.op == "output":
+            graph.output(fx.node.map_arg(node.args[0], lambda n: copies[n]))
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return graph
+
+
+def _called(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+    part = module.get_submodule(str(call.target))
+    try:
+        inner = _Through().trace(part)
+    except Exception as error:
+        raise EstimatorError(
+            f"{call.target}, a {type(part).__name__}, has posteriors, and torch.fx can't trace it ({error}); "
+            "vnet.graph(*inputs) records it"
+        ) from error
+    given = [copies.get(a, a) if isinstance(a, fx.Node) else a for a in call.args]
+    named = {key: copies.get(a, a) if isinstance(a, fx.Node) else a for key, a in call.kwargs.items()}
+    values: dict[fx.Node, Any] = {}
+    for node in inner.nodes:
+        if node.op == "placeholder":
+            default = node.args[0] if node.args else None
+            values[node] = given.pop(0) if given else named.get(str(node.target), default)
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda n: values[n])
+        else:
+            values[node] = new = graph.node_copy(node, lambda n: values[n])
+            if node.op in ("get_attr", "call_module"):
+                new.target = f"{call.target}.{node.target}"
+    return None
+
+
+class _Shapes(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
+
+
+def _learn_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    with torch.no_grad(), torch.random.fork_rng([t.device.index for t in inputs if t.is_cuda]):
+        _Shapes(module).run(*inputs)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), module)

@@ -1,0 +1,275 @@
+"""Moments in the place of a weight while the user's own code runs.
+
+A stand-in is a tensor without storage that knows its shape. The operation that the plan foresaw calls the estimator's
+rule; views of the stand-in are stand-ins; questions about shape, type and device are answered. Where anything else asks
+for the weight's numbers the weight is drawn, once a call.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from varify.estimators import Rule, canonical, find, has_rule
+from varify.graph.planning import Decision, is_once
+from varify.graph.recording import inside
+from varify.graph.views import PROPERTIES, Path, step, view, view_tensor
+from varify.moments import Examples, Moments
+from varify.posteriors import GaussianPosterior
+
+# What a tensor answers without its numbers.
+_ANSWERED = frozenset(
+    {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "itemsize", "nbytes", "names", "grad"}
+    | {"is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested", "is_mkldnn"}
+    | {"size", "dim", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex", "is_contiguous"}
+    | {"element_size", "get_device", "__len__", "is_sparse_csr", "is_ipu", "is_vulkan", "is_mtia", "is_inference"}
+)
+
+
+class Unforeseen(BaseException):
+    """A weight whose noise is drawn already is asked for in another way: the call is to be made again.
+
+    Not an `Exception`, for the network's own `except` is not meant by it.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name}: {why}")
+        self.name, self.why = name, why
+
+
+class Cell:
+    """One estimated parameter in one call.
+
+    Attributes:
+        name: of the parameter.
+        estimator: its own, "local" or "flipout".
+        moments: made at the start of the call and not in a checkpoint, which would not find them again.
+        over: whether the call is: what still runs is run again for its gradients.
+        late: why the weight was drawn after all; empty if it wasn't.
+    """
+
+    def __init__(self, name: str, q: GaussianPosterior, decision: Decision, count: int | None) -> None:
+        self.name = name
+        self._q, self._count = q, count
+        self.estimator, self._keeps, self._automatic = decision.estimator, decision.keeps, decision.automatic
+        self.requires_grad = (q.mu.requires_grad or q.rho.requires_grad) and torch.is_grad_enabled()
+        self.late = ""
+        self._foreseen: dict[Path, list[tuple[Any, Examples]]] = {}
+        for use, examples in decision.uses:
+            self._foreseen.setdefault(use.path, []).append((use.operation, examples))
+        self._met: dict[Path, int] = {}
+        self._states: dict[Path, Any] = {}
+        self._draw: Tensor | None = None
+        self._gradients = torch.is_grad_enabled()
+        self.over = False
+        self.moments = q.moments(keeping=self._keeps)
+
+    def stand_in(self) -> Any:
+        """What is put in the place of the parameter."""
+        return _StandIn(self, self.moments, ())
+
+    # --- what the network asks of it
+
+    def serve(self, path: Path, operation: Any, rule: Rule, arguments: dict[str, Any]) -> tuple[Rule, Examples] | None:
+        """The rule and the examples for this use, if it is a foreseen one; it counts as met then."""
+        place = self._met.get(path, 0)
+        foreseen = self._foreseen.get(path, [])
+        if self.over and foreseen:
+            place %= len(foreseen)
+        if place >= len(foreseen) or torch.is_grad_enabled() < self._gradients:
+            return None
+        expected, examples = foreseen[place]
+        if expected != operation or (examples.dim is not None and self._count is None):
+            return None
+        if examples.dim is not None:
+            examples = examples._replace(count=self._count)
+        if not _fits(examples, arguments) or rule.refuses(arguments):
+            return None
+        return self._chosen(rule, operation, arguments, examples), examples
+
+    def meet(self, path: Path) -> None:
+        """Count a use."""
+        self._met[path] = self._met.get(path, 0) + 1
+
+    def noise_of(self, path: Path) -> Any:
+        """Within, random numbers are those of this use, also when it runs again."""
+        return _noise(self._states, path, self.over, self.moments.mu.device)
+
+    def _chosen(self, rule: Rule, operation: Any, arguments: dict[str, Any], examples: Examples) -> Rule:
+        """Of "auto", local where each example uses an element once at most, which depends on the shapes."""
+        if not self._automatic or self._keeps:
+            return rule
+        local, flipout = find("local", operation), find("flipout", operation)
+        once = local is not None and is_once(local, arguments, examples)
+        return local if once and local else flipout or rule
+
+    def drawn(self, why: str) -> Tensor:
+        """The call's one draw.
+
+        Raises:
+            Unforeseen: an operation has drawn its own noise for this weight before.
+        """
+        if self._draw is None:
+            if any(self._met.values()) and not self.over:
+                raise Unforeseen(self.name, why)
+            self.late = why
+            # of a generator of its own, else it would shift the random numbers of what follows
+            generator = torch.Generator(self._q.rho.device)
+            generator.manual_seed(zlib.crc32(random_state(self._q.rho.device).numpy().tobytes()))
+            eps = torch.randn(
+                self._q.rho.shape, generator=generator, device=self._q.rho.device, dtype=self._q.rho.dtype
+            )
+            self._draw = self._q.at(eps).to(self._q.mu.dtype)
+        return self._draw
+
+
+def _fits(examples: Examples, arguments: dict[str, Any]) -> bool:
+    if examples.dim is None:
+        return True
+    shapes = [v.shape for v in arguments.values() if isinstance(v, Tensor) and not isinstance(v, _StandIn)]
+    return any(len(s) > examples.dim and s[examples.dim] and s[examples.dim] % examples.count == 0 for s in shapes)
+
+
+class _StandIn(Tensor):
+    """See the module's first lines."""
+
+    cell: Cell
+    moments: Moments
+    path: Path
+    _again: Callable[[Tensor], Any]
+
+    @staticmethod
+    def __new__(
+        cls, cell: Cell, moments: Moments, path: Path, again: Callable[[Tensor], Any] = lambda draw: draw
+    ) -> "_StandIn":
+        mu = moments.mu
+        made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, mu.shape, strides=mu.stride(), dtype=mu.dtype, device=mu.device, requires_grad=cell.requires_grad
+        )
+        made.cell, made.moments, made.path, made._again = cell, moments, path, again
+        return made  # type: ignore[no-any-return]
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
+        if name in _ANSWERED and func.__name__ != "__set__":
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, _StandIn) and (name not in PROPERTIES or func.__name__ == "__get__"):
+            taken = step(name, args[1:], kwargs)
+            if taken is not None:
+                return first._viewed(taken, args[1:], kwargs)
+        if has_rule(func):
+            served = _served(func, args, kwargs)
+            if served is not None:
+                return served
+        else:
+            inner = inside(func)
+            if inner is not None:
+                return inner(*args, **kwargs)
+        why = f"it meets {name}"
+        args, kwargs = pytree.tree_map_only(_StandIn, lambda one: one.drawn(why), (tuple(args), kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # past torch functions: TorchScript, or a transform over the weight. Here gradients would be lost.
+        (one, *_) = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, _StandIn)]
+        raise Unforeseen(one.cell.name, f"it meets {func} where torch functions are not seen")
+
+    def _viewed(self, taken: tuple[str, str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        path, name = (*self.path, taken), taken[0]
+
+        def again(draw: Tensor) -> Any:
+            return view_tensor(self._again(draw), name, *args, **kwargs)
+
+        found = view(self.moments, name, *args, **kwargs)
+        if isinstance(found, tuple):
+            return tuple(
+                _StandIn(self.cell, m, (*path, ("getitem", f"({i},)")), lambda draw, i=i: again(draw)[i])
+                for i, m in enumerate(found)
+            )
+        return _StandIn(self.cell, found, path, again)
+
+    def drawn(self, why: str) -> Tensor:
+        """The draw, seen as this is."""
+        return self._again(self.cell.drawn(why))
+
+
+def _served(func: Any, args: Any, kwargs: Any) -> Any:
+    """The output of the rule for an operation that the plan foresaw, or None."""
+    operation = canonical(func)
+    for one in [a for a in (*args, *kwargs.values()) if isinstance(a, _StandIn)]:
+        rule = find(one.cell.estimator, operation)
+        if rule is None:
+            continue
+        try:
+            arguments = rule.arguments(args, kwargs)
+        except TypeError:
+            continue
+        if not any(arguments.get(argument) is one for argument in rule.of):
+            continue
+        found = one.cell.serve(one.path, operation, rule, arguments)
+        if found is None:
+            continue
+        chosen, examples = found
+        along = [arguments.get(argument) for argument in chosen.along]
+        with_it = [b for b in along if isinstance(b, _StandIn) and b.cell.serve(b.path, operation, chosen, arguments)]
+        given = {id(b): b.moments for b in (one, *with_it)}
+
+        def of(value: Any, given: dict[int, Moments] = given, name: str = func.__name__) -> Any:
+            if not isinstance(value, _StandIn):
+                return value
+            return given[id(value)] if id(value) in given else value.drawn(f"it meets {name} as another argument")
+
+        ready = [of(a) for a in args], {key: of(a) for key, a in kwargs.items()}
+        for b in (one, *with_it):
+            b.cell.meet(b.path)
+        with one.cell.noise_of(one.path):
+            return chosen.function(examples, *ready[0], **ready[1])
+    return None
+
+
+# --- random numbers
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Of the default generator of a device."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_random_state(device: torch.device, state: Tensor) -> None:
+    """Put the default generator of a device into a state."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _noise(states: dict[Path, Tensor], path: Path, again: bool, device: torch.device) -> Iterator[None]:
+    """Within, the random numbers of a use; `again`: those of its first time, whatever the generator's state is."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        yield
+        return
+    now = random_state(device)
+    if not again:
+        states.setdefault(path, now)
+        yield
+    elif path not in states or torch.equal(now, states[path]):
+        yield
+    else:
+        set_random_state(device, states[path])
+        try:
+            yield
+        finally:
+            set_random_state(device, now)

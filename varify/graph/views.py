@@ -1,0 +1,52 @@
+"""Views of a parameter: other orders, shapes, types and parts of its elements, of its moments as of itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from varify.estimators import Moments
+
+CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
+VIEWS = CASTS | {
+    *("t", "T", "mT", "transpose", "permute", "movedim", "view", "reshape", "flatten", "unflatten", "squeeze"),
+    *("unsqueeze", "contiguous", "view_as", "reshape_as", "swapaxes"),
+}
+PARTS = frozenset({"chunk", "split", "unbind", "getitem", "narrow", "select"})
+TRANSPOSES = frozenset({"t", "T", "mT"})
+PROPERTIES = frozenset({"T", "mT"})
+
+# How a view came from its parameter: names of operations, each with its further arguments.
+Path = tuple[tuple[str, str], ...]
+
+
+def step(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """One step of a `Path`, if an operation of this name with these further arguments is a view; else None."""
+    name = "getitem" if name == "__getitem__" else name
+    if name not in VIEWS and name not in PARTS:
+        return None
+    further = (*args, *sorted(kwargs.items()))
+    if any(isinstance(leaf, (Tensor, fx.Node)) for leaf in pytree.tree_leaves(further)):
+        return None
+    return name, repr(tuple(tuple(one) if isinstance(one, torch.Size) else one for one in further))
+
+
+def view(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A view of moments; a tuple of them where the operation makes several parts."""
+    if name in CASTS:
+        mu = getattr(moments.mu, name)(*args, **kwargs)
+        return moments.viewed(lambda t: mu if t is moments.mu else t.to(mu.device))
+    if name in ("chunk", "split", "unbind"):
+        mus, sigmas = (getattr(t, name)(*args, **kwargs) for t in (moments.mu, moments.sigma))
+        return tuple(Moments(mu, sigma, moments.examples) for mu, sigma in zip(mus, sigmas, strict=True))
+    return moments.viewed(lambda t: view_tensor(t, name, *args, **kwargs), transposes=name in TRANSPOSES)
+
+
+def view_tensor(tensor: Tensor, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The view of a tensor."""
+    if name == "getitem":
+        return tensor[args[0]]
+    found = getattr(tensor, name)
+    return found if name in PROPERTIES else found(*args, **kwargs)

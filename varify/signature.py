@@ -1,0 +1,29 @@
+"""What kind of call it is, and of a network's hooks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Hashable: of each argument whether it is a tensor, and of how many dimensions; not its values or sizes."""
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    return tuple(sorted(kwargs)), tuple(
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+    )
+
+
+def has_hooks(network: nn.Module) -> bool:
+    """Whether calling `network` runs anybody's hook; torch's own, such as those of `weight_norm`, don't count."""
+    return any(
+        not _module_of(hook).startswith("torch.")
+        for module in network.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)

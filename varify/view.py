@@ -1,0 +1,388 @@
+"""The network with other weights: a view, which runs the user's own code and leaves the live network alone.
+
+A view is a shallow copy of the module tree. Its modules have the classes of the network's modules and share their
+buffers, hooks and attributes; their parameters are those of one call. What leads back into the tree by another way (a
+list of layers, a bound method, a closure, a helper object) is copied as far as it does so, so that no way leads from
+the view to a parameter that it replaces. What forward sets is set in the network when the call is over.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from varify.replacing import PLAIN, Replacing, beneath
+from varify.selection import Site
+
+Theta = Mapping[str, Any]
+# What nn.Module keeps in tables of its own; a view has tables of its own, too.
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Stale(Exception):
+    """The network has changed in a way that needs a new view."""
+
+
+class Views:
+    """Views of one network, kept between calls: each call takes a free one, or makes one.
+
+    So each thread has a view of its own, and so has a call within a call; and the parts of a view are the same objects
+    from call to call, as caches by a module's identity ask.
+
+    Args:
+        network: the live one.
+        sites: of the parameters that a call may replace, by name.
+        whole: see `View`.
+    """
+
+    def __init__(self, network: nn.Module, sites: Mapping[str, Site], *, whole: bool) -> None:
+        self.network, self._sites, self._whole = network, sites, whole
+        self._free: list[View] = []
+
+    @contextmanager
+    def taken(
+        self, theta: Theta, training: bool | None = None, buffers: dict[int, Tensor] | None = None
+    ) -> Iterator["View"]:
+        """Within, a view whose parameters are `theta`, a tensor by name; see `View.enter`."""
+        view = self._entered(theta, training, buffers)
+        try:
+            yield view
+        finally:
+            if view.leave():
+                self._free.append(view)
+
+    def _entered(self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None) -> "View":
+        while True:
+            try:
+                view, is_new = self._free.pop(), False  # in one step, so that no two threads have the same
+            except IndexError:
+                names = {id(site.parameter): name for name, site in self._sites.items()}
+                view, is_new = View(self.network, names, self._whole), True
+            try:
+                view.enter(theta, training, buffers)
+                return view
+            except Stale:
+                if is_new:
+                    raise
+
+
+class View:
+    """One view; serves one call at a time.
+
+    Args:
+        network: the live one.
+        names: of the parameters that a call may replace, by their identity.
+        whole: every module is the view's own, and nothing that forward sets reaches the network; else only modules
+            that lead to a parameter of `names` are, and what forward sets is set in the network.
+
+    Attributes:
+        network: to be called.
+        keeps: whether what forward sets will be set in the network.
+    """
+
+    def __init__(self, network: nn.Module, names: Mapping[int, str], whole: bool) -> None:
+        self.keeps = self._keeps = not whole
+        leads = _leads(network)
+        drawn = _that_reach(set(names), leads)
+        live = [module for module in leads if (whole or id(module) in drawn) and _can_be_copied(module)]
+        shells = {id(module): _shell(module) for module in live}
+        self._shells: dict[int, Any] = dict(shells)
+        self._static = Replacing(self._shells)
+        self._parts = [_Part(m, shells[id(m)], leads[m], names, self._static, whole) for m in live]
+        self._varying = any(part.varying for part in self._parts)
+        self._call: Replacing | None = None
+        self.network: nn.Module = shells.get(id(network), network)
+        # Whoever keeps one of these after a call (a checkpoint, a generator) may run it with the weights of that call.
+        self._watched: list[Any] = [shells[id(m)] for m in live if id(m) in drawn]
+        self._watched += [vars(shell)["_modules"] for shell in self._watched]
+        del shells
+        self._unheld = self._references()
+
+    def _references(self) -> list[int]:
+        return list(map(sys.getrefcount, self._watched))
+
+    def enter(self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None) -> None:
+        """Put a call's weights in the place of the parameters.
+
+        Args:
+            theta: by name; of one that is missing the view has the live parameter.
+            training: the training flag of all parts; None: those of the live ones.
+            buffers: those of the view in the place of the network's, by their identity; what is missing is copied and
+                put in. None: the network's.
+
+        Raises:
+            Stale: the network has changed.
+        """
+        self.keeps = self._keeps
+        for part in self._parts:
+            part.refresh()
+        if self._static.changed():
+            raise Stale
+        if self._varying:
+            draws = {id(p): theta[name] for part in self._parts for p, name in part.parameters() if name in theta}
+            self._call = Replacing(self._shells | draws, self._static)
+        for part in self._parts:
+            part.put(theta, training, buffers, self._call)
+
+    def leave(self) -> bool:
+        """Take the weights out again, and set in the network what forward has set, if it `keeps`.
+
+        Returns:
+            Whether the view can serve again: nothing that the call left behind needs it as it is.
+        """
+        back: Replacing | None = None
+        for part in self._parts:
+            if part.has_set():
+                if self.keeps:
+                    back = back or self._back()
+                    part.give_back(back)
+                part.forget()
+        for copies in (self._static, self._call):
+            if self.keeps and copies is not None and copies.written():
+                back = back or self._back()
+                copies.give_back(back)
+        self._call = None
+        back = None
+        self._forget_parametrizations()
+        if self._references() != self._unheld:
+            return False
+        for part in self._parts:
+            part.put({}, None, None, None)
+        return True
+
+    def _back(self) -> Replacing:
+        pairs = {id(part.shell): part.live for part in self._parts}
+        for part in self._parts:
+            pairs |= {id(draw): live for draw, live in part.drawn()}
+        return Replacing(pairs | self._static.reversed() | (self._call.reversed() if self._call else {}))
+
+    def _forget_parametrizations(self) -> None:
+        cache: dict[Any, Any] = parametrize._cache  # by a module's identity, and for longer than a call
+        if cache:
+            mine = {id(part.shell) for part in self._parts}
+            for key in [key for key in cache if key[0] in mine]:
+                del cache[key]
+
+
+class _Part:
+    """One module of the network and its like in the view, the shell.
+
+    Attributes:
+        varying: attributes that lead to a parameter of the call other than by a module, such as a list of weights.
+    """
+
+    def __init__(
+        self,
+        live: nn.Module,
+        shell: nn.Module,
+        leads: Mapping[str, frozenset[int]],
+        names: Mapping[int, str],
+        copies: Replacing,
+        whole: bool,
+    ) -> None:
+        self.live, self.shell = live, shell
+        self._whole = whole
+        self._own, self._seen = vars(live), vars(shell)
+        self._slots = [(key, names.get(id(p))) for key, p in live._parameters.items()]
+        self._ids = [id(p) for p in live._parameters.values()]
+        self._children = list(live._modules.items())
+        self._hooks = _hooks(live)
+        self.varying = [attr for attr, reached in leads.items() if not reached.isdisjoint(names)]
+        self._record()
+        self._seen.update(self._own)
+        # of what leads to none of the view's modules `copies` is the thing itself
+        self._seen.update({attr: copies(self._own[attr]) for attr in leads if attr not in self.varying})
+        self._seen["_parameters"] = dict(live._parameters)
+        self._seen["_modules"] = {key: copies(child) for key, child in live._modules.items()}
+        self._seen.update(_state_of_a_copy(live))
+        self._remember()
+
+    def _record(self) -> None:
+        self._keys, self._values = list(self._own), list(self._own.values())
+
+    def parameters(self) -> Iterator[tuple[Any, str]]:
+        """Those that a call may replace, with their names."""
+        return ((self.live._parameters[key], name) for key, name in self._slots if name is not None)
+
+    def drawn(self) -> Iterator[tuple[Any, Any]]:
+        """What stands in the place of a parameter, and the parameter."""
+        return ((self._seen["_parameters"].get(key), self.live._parameters[key]) for key, name in self._slots if name)
+
+    def refresh(self) -> None:
+        """Follow the live module.
+
+        Raises:
+            Stale: it holds other modules, parameters or hooks, or something new that leads to one.
+        """
+        own, live = self._own, self.live
+        if len(own) != len(self._values) or not all(map(is_, own.values(), self._values)):
+            self._follow()
+        if len(live._parameters) != len(self._slots) or list(live._modules.items()) != self._children:
+            raise Stale
+        if self.varying and self._ids != [id(p) for p in live._parameters.values()]:
+            raise Stale
+        if (self._hooks or any(own[kind] for kind in _HOOKS)) and self._hooks != _hooks(live):
+            raise Stale
+
+    def _follow(self) -> None:
+        before = dict(zip(self._keys, self._values, strict=True))
+        for attr, value in self._own.items():
+            if attr in before and before[attr] is value:
+                continue
+            copied = attr in before and self._seen.get(attr) is not before[attr] and attr != "training"
+            leads = any(isinstance(thing, (nn.Module, nn.Parameter)) for thing in beneath(value))
+            if copied or leads or attr in _TABLES:
+                raise Stale
+        for attr in before.keys() - self._own.keys():
+            del self._seen[attr]
+        self._seen.update(
+            {attr: value for attr, value in self._own.items() if attr not in before or before[attr] is not value}
+        )
+        self._record()
+
+    def put(
+        self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None, call: Replacing | None
+    ) -> None:
+        """Take the weights of a call, or with none the live ones."""
+        seen, live = self._seen, self.live._parameters
+        seen["_parameters"].update({key: theta[name] if name in theta else live[key] for key, name in self._slots})
+        for attr in self.varying:
+            seen[attr] = self._own[attr] if call is None else call(self._own[attr])
+        seen["training"] = self._own["training"] if training is None else training
+        if buffers is not None:
+            for buffer in self._own["_buffers"].values():
+                if buffer is not None and id(buffer) not in buffers:
+                    buffers[id(buffer)] = buffer.clone()
+            seen["_buffers"] = {k: None if b is None else buffers[id(b)] for k, b in self._own["_buffers"].items()}
+        elif self._whole:
+            seen["_buffers"] = dict(self._own["_buffers"])
+        self._remember()
+
+    def _remember(self) -> None:
+        self._keys_of_call, self._loaded = list(self._seen), list(self._seen.values())
+
+    def has_set(self) -> bool:
+        """Whether forward has set, added or deleted something."""
+        seen = self._seen
+        return (
+            len(seen) != len(self._loaded)
+            or not all(map(is_, seen.values(), self._loaded))
+            or len(seen["_parameters"]) != len(self._slots)
+            or len(seen["_modules"]) != len(self._children)
+        )
+
+    def give_back(self, back: Replacing) -> None:
+        """Set in the live module what forward has set in the view's, as `back` has it."""
+        live, own, seen = self.live, self._own, self._seen
+        before = dict(zip(self._keys_of_call, self._loaded, strict=True))
+        for attr in before.keys() - seen.keys():
+            own.pop(attr, None)
+        for attr, value in seen.items():
+            if attr in _TABLES or (attr in before and before[attr] is value):
+                continue
+            new = back(value)
+            if isinstance(new, (nn.Module, nn.Parameter)):
+                setattr(live, attr, new)
+            else:
+                own[attr] = new
+        for table in ("_parameters", "_modules"):
+            for key in seen[table].keys() ^ own[table].keys():
+                if key in seen[table]:
+                    own[table][key] = back(seen[table][key])
+                else:
+                    del own[table][key]
+
+    def forget(self) -> None:
+        """Be again what the call met."""
+        self._seen.clear()
+        self._seen.update(zip(self._keys_of_call, self._loaded, strict=True))
+        for table, keys in (("_parameters", [key for key, _ in self._slots]), ("_modules", dict(self._children))):
+            for key in self._seen[table].keys() - set(keys):
+                del self._seen[table][key]
+
+
+def _leads(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:
+    """Every module that the network reaches; by its attributes, which modules and parameters they lead to, if any."""
+    found: dict[nn.Module, dict[str, frozenset[int]]] = {}
+    pending = [network]
+    while pending:
+        module = pending.pop()
+        if module in found:
+            continue
+        leads: dict[str, frozenset[int]] = {}
+        found[module] = leads
+        pending.extend(child for child in module._modules.values() if child is not None)
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for attr, value in vars(module).items():
+            if attr in _TABLES or isinstance(value, (*PLAIN, Tensor)) or attr in _state_of_a_copy(module):
+                continue
+            reached = [thing for thing in beneath(value) if isinstance(thing, (nn.Module, nn.Parameter))]
+            if reached:
+                leads[attr] = frozenset(map(id, reached))
+                pending.extend(thing for thing in reached if isinstance(thing, nn.Module))
+    return found
+
+
+def _that_reach(names: set[int], leads: Mapping[nn.Module, Mapping[str, frozenset[int]]]) -> set[int]:
+    """Identities of the modules that lead to a parameter of `names`."""
+    holders: dict[int, list[int]] = {}
+    for module, attributes in leads.items():
+        below = {id(thing) for table in (module._parameters, module._modules) for thing in table.values()}
+        for thing in below.union(*attributes.values()):
+            holders.setdefault(thing, []).append(id(module))
+    reaching: set[int] = set()
+    pending = list(names)
+    while pending:
+        for holder in holders.get(pending.pop(), ()):
+            if holder not in reaching:
+                reaching.add(holder)
+                pending.append(holder)
+    return reaching
+
+
+def _can_be_copied(module: nn.Module) -> bool:
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    shell: nn.Module = object.__new__(_taken_for(module) if _hooks(module) else type(module))
+    return shell
+
+
+def _state_of_a_copy(module: nn.Module) -> Mapping[str, Any]:
+    """Attributes that a copy of this module is to have of its own, as a variational module has."""
+    state: Any = getattr(type(module), "state_of_a_copy", None)
+    return {} if state is None else state()
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    own = vars(module)
+    return [hook for kind in _HOOKS for hook in own[kind].values()]
+
+
+def _taken_for(live: nn.Module) -> type:
+    """The live module's class, of objects that are equal to it: hooks look up a module's name in a dict."""
+
+    class Same:
+        __slots__ = ()
+        __hash__ = live.__hash__  # type: ignore[assignment]
+
+        def __init_subclass__(cls) -> None:
+            """Tell no class of the user's that it has a subclass."""
+
+        def __eq__(self, other: object) -> bool:
+            return other is live or other is self
+
+        @property
+        def __class__(self) -> type:
+            return type(live)
+
+    name = type(live).__name__
+    return type(live).__class__(name, (Same, type(live)), {"__module__": type(live).__module__, "__slots__": ()})
