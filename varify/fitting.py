@@ -161,7 +161,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         where: glob, or several, on parameter names.
 
     Returns:
-        The new std by parameter name.
+        The new std by parameter name; those of which no weight is free keep theirs, and are left out.
 
     Raises:
         SelectionError: `where` matches nothing.
@@ -174,6 +174,8 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     fitted = {}
     for name in matched:
         q = posteriors[name].free()
+        if not q.rho.numel():  # pruned as a whole: there is nothing to fit to
+            continue
         prior = q.prior
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())

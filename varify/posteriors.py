@@ -102,13 +102,15 @@ class GaussianPosterior:
         """Log q(w) − log p(w) at the draw that belongs to `eps`, scalar `()`, nats; its mean over draws is the KL."""
         if self.fixed is not None:
             return self.free().log_ratio(eps[self.fixed == 0])
+        if not self.rho.numel():  # a prior's density of no weights, such as one by their mean, may be NaN
+            return self.rho.sum()
         log_q = -(0.5 * eps.square() + self.sigma.log()).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
         return log_q - self.prior.log_prob(self.at(eps))
 
     def kl_divergence(self) -> Tensor:
         """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""
-        q = self if self.fixed is None else self.free()
-        return kl_divergence(q, q.prior)
+        q = self.free()
+        return kl_divergence(q, q.prior) if q.rho.numel() else q.rho.sum()
 
     def free(self) -> "GaussianPosterior":
         """The posterior of the weights that are not fixed, as a vector."""
