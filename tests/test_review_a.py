@@ -1,8 +1,12 @@
 """Edges of selection, priors, divergences, pruning and prediction, each against a reference of its own."""
 
+import functools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from mpmath import mp, mpf
 from torch import distributions as td
 from torch import nn
 
@@ -118,3 +122,107 @@ def test_fit_prior_leaves_out_what_is_pruned_as_a_whole() -> None:
     assert varify.fit_prior(vnet) == pytest.approx(expected)
     assert vnet.posteriors["0.bias"].prior is former
     assert varify.fit_prior(vnet, where="0.bias") == {}
+
+
+# --- sigma that underflows
+
+RHOS = [-1e4, -105.0, -95.0, -44.0, -20.0, 2.0]
+# log densities in mpmath's arithmetic, as the textbooks have them
+LOG_DENSITIES = {
+    "gaussian": (priors.Gaussian(0.2, 0.5), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
+    "normal": (priors.make(td.Normal(0.2, 0.5)), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
+    "laplace": (priors.make(td.Laplace(0.2, 0.5)), lambda w: -abs(w - mpf(0.2)) / mpf(0.5)),
+    "student": (
+        priors.make(td.StudentT(3.0, 0.2, 0.5)),
+        lambda w: -2 * mp.log(1 + ((w - mpf(0.2)) / mpf(0.5)) ** 2 / 3),
+    ),
+    "cauchy": (
+        priors.make(td.Cauchy(0.2, 0.5)),
+        lambda w: -mp.log(mpf(0.5) * mp.pi * (1 + ((w - mpf(0.2)) / mpf(0.5)) ** 2)),
+    ),
+    "mixtgauss": (
+        priors.ScaleMixture(1.0, 0.1, 0.3),
+        lambda w: mp.log(mpf(0.3) * mp.npdf(w, 0, 1) + (1 - mpf(0.3)) * mp.npdf(w, 0, mpf(0.1))),
+    ),
+}
+LOG_CONSTANTS = {  # of the densities above that are not normalized
+    "laplace": -mp.log(2 * mpf(0.5)),
+    "student": mp.log(mp.gamma(2) / (mp.gamma(mpf(1.5)) * mp.sqrt(3 * mp.pi) * mpf(0.5))),
+}
+
+
+@functools.cache
+def kl_and_slope(kind: str, mu: float, rho: float) -> tuple[float, float]:
+    """KL(q‖p) of one weight and its derivative in rho, by quadrature over z = (w − mu)/sigma with 30 digits."""
+    log_p, constant = LOG_DENSITIES[kind][1], LOG_CONSTANTS.get(kind, 0)
+
+    def kl(rho: mpf) -> mpf:
+        sigma = mp.log1p(mp.exp(rho))
+        kink = (mpf(0.2) - mpf(mu)) / sigma
+        points = sorted({mpf(-14), *([kink] if abs(kink) < 14 else []), mpf(0), mpf(14)})
+        density = lambda z: mp.npdf(z) * (mp.log(mp.npdf(z)) - mp.log(sigma) - constant - log_p(mu + sigma * z))  # noqa: E731
+        return mp.quad(density, points)
+
+    with mp.workdps(30):
+        return float(kl(mpf(rho))), float((kl(mpf(rho) + mpf("1e-10")) - kl(mpf(rho) - mpf("1e-10"))) / mpf("2e-10"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("kind", ["gaussian", "normal", "laplace"])
+def test_exact_divergences_and_slopes_hold_for_any_rho(kind: str, rho: float, dtype: torch.dtype) -> None:
+    expected, slope = kl_and_slope(kind, 0.7, rho)
+    mu = torch.tensor([0.7], dtype=dtype, requires_grad=True)
+    leaf = torch.tensor([rho], dtype=dtype, requires_grad=True)
+    kl = varify.GaussianPosterior(mu, leaf, LOG_DENSITIES[kind][0].to(dtype)).kl_divergence()
+    kl.backward()
+    digits = 1e-5 if dtype == torch.float32 else 1e-6 if kind != "gaussian" else 1e-12  # those keep float32 settings
+    assert kl.item() == pytest.approx(expected, rel=digits)
+    assert leaf.grad.item() == pytest.approx(slope, rel=digits)
+    assert mu.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rho", [-1e4, -95.0, -44.0])
+@pytest.mark.parametrize("kind", ["student", "cauchy", "mixtgauss"])
+def test_estimated_divergences_and_slopes_hold_for_any_rho(kind: str, rho: float) -> None:
+    # with so small a sigma every draw is the mean, so that one estimate is the divergence
+    expected, slope = kl_and_slope(kind, 0.7, rho)
+    mu, leaf = torch.tensor([0.7], requires_grad=True), torch.tensor([rho], requires_grad=True)
+    q = varify.GaussianPosterior(mu, leaf, LOG_DENSITIES[kind][0])
+    kl = q.kl_divergence()
+    kl.backward()
+    assert kl.item() == pytest.approx(expected, rel=1e-5)
+    assert leaf.grad.item() == pytest.approx(slope, rel=1e-5)
+    assert mu.grad.isfinite().all()
+    log_ratio = q.log_ratio(torch.tensor([0.3]))  # log q(w) = log N(0.3) − log sigma
+    log_normal = -(0.3**2) / 2 - math.log(math.sqrt(2 * math.pi))
+    expected_entropy = 0.5 + math.log(math.sqrt(2 * math.pi)) + rho
+    assert q.entropy().item() == pytest.approx(expected_entropy, rel=1e-6)
+    assert log_ratio.item() == pytest.approx(log_normal + expected + expected_entropy - rho, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY_PRIOR)
+def test_no_divergence_is_nan_where_sigma_underflows(kind: str) -> None:
+    vnet = two_layers(prior=EVERY_PRIOR[kind])
+    with torch.no_grad():
+        vnet.rho.leaf_at("0.weight").fill_(-1e4)
+        vnet.posteriors["0.weight"].mu[0] = 0.0
+        vnet.posteriors["0.weight"].mu[1] = 1e6
+    loss = vnet.prior_loss()
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in vnet.parameters())
+    torch.testing.assert_close(vnet.rho.leaf_at("0.weight").grad, torch.full((4, 3), -1.0))
+    assert (0 * loss).item() == 0.0  # as at a warm-up's first step
+
+
+def test_a_step_of_training_from_a_far_too_small_rho() -> None:
+    vnet = varify.variationalize(nn.Linear(3, 1), init=varify.inits.Normal((0.0, 0.1), (-200.0, 0.0)))
+    elbo = varify.ELBO(num_data=5, beta=lambda step: float(step))
+    optimizer = torch.optim.SGD(vnet.parameters(), lr=0.1)
+    for _ in range(2):  # beta = 0, then 1
+        optimizer.zero_grad()
+        elbo(vnet, F.mse_loss, torch.ones(5, 3), torch.ones(5, 1)).loss.backward()
+        optimizer.step()
+    # the KL's slope of −1, by N = 5, at a rate of 0.1
+    torch.testing.assert_close(vnet.rho.leaf_at("weight"), torch.full((1, 3), -200 + 0.1 / 5))

@@ -143,7 +143,8 @@ def _check_scalar_and_real(distribution: distributions.Distribution) -> None:
 @register_kl(GaussianPosterior, Factorised)
 def _kl_factorised(q: GaussianPosterior, p: Factorised) -> Tensor:
     prior = p.distribution.expand(q.rho.shape)
+    sigma, log_rest = q.floored_sigma()
     try:
-        return distributions.kl_divergence(distributions.Normal(q.mean, q.sigma), prior).sum()
+        return (distributions.kl_divergence(distributions.Normal(q.mean, sigma), prior) - log_rest).sum()
     except NotImplementedError:  # torch's signal for "no rule for this pair"
         return estimated_kl(q, p)
