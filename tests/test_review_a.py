@@ -226,3 +226,37 @@ def test_a_step_of_training_from_a_far_too_small_rho() -> None:
         optimizer.step()
     # the KL's slope of −1, by N = 5, at a rate of 0.1
     torch.testing.assert_close(vnet.rho.leaf_at("weight"), torch.full((1, 3), -200 + 0.1 / 5))
+
+
+# --- pruning where sigma underflows
+
+
+def test_pruning_all_leaves_no_weight_however_certain() -> None:
+    vnet = two_layers()
+    with torch.no_grad():
+        vnet.rho.leaf_at("0.weight").fill_(-200.0)
+        vnet.rho.leaf_at("2.bias").fill_(-1e4)
+    assert varify.prune(vnet, 1.0) == 1.0
+    assert not any(p.any() for p in vnet.mean_model().parameters())
+    assert not vnet(torch.ones(2, 3)).any()
+
+
+def test_the_order_of_pruning_holds_where_sigma_underflows() -> None:
+    vnet = varify.variationalize(nn.Linear(6, 1, bias=False))
+    mu, rho = [1.0, -1.0, 0.0, 1.0, 1e-6, 3.0], [-300.0, -200.0, -1e4, -1.0, -210.0, -200.0]
+    with torch.no_grad():
+        vnet.posteriors["weight"].mu[0], vnet.rho.leaf_at("weight")[0] = torch.tensor(mu), torch.tensor(rho)
+    order = sorted(range(6), key=lambda i: mp.mpf(abs(mu[i])) / mp.log1p(mp.exp(rho[i])))
+    for k in range(7):
+        assert varify.prune(vnet, k / 6) == pytest.approx(k / 6)
+        lost = vnet.posteriors["weight"].mu[0].eq(0).nonzero().flatten().tolist()
+        assert sorted(lost) == sorted({2, *order[:k]})  # one mean is 0 from the start
+    assert varify.prune(vnet, threshold=0.0) == 1.0  # those pruned before are included
+
+
+def test_pruning_all_leaves_the_padding_row_alone() -> None:
+    vnet = varify.variationalize(nn.Embedding(5, 3, padding_idx=1))
+    with torch.no_grad():
+        vnet.posteriors["weight"].mu[1] = 7.0
+    assert varify.prune(vnet, 1.0) == pytest.approx(12 / 15)
+    assert vnet.posteriors["weight"].mu.tolist() == [[0.0] * 3, [7.0] * 3, *[[0.0] * 3] * 3]
