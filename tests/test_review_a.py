@@ -132,6 +132,10 @@ LOG_DENSITIES = {
     "gaussian": (priors.Gaussian(0.2, 0.5), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
     "normal": (priors.make(td.Normal(0.2, 0.5)), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
     "laplace": (priors.make(td.Laplace(0.2, 0.5)), lambda w: -abs(w - mpf(0.2)) / mpf(0.5)),
+    "gumbel": (
+        priors.make(td.Gumbel(0.2, 0.5)),
+        lambda w: -(w - mpf(0.2)) / mpf(0.5) - mp.exp(-(w - mpf(0.2)) / mpf(0.5)) - mp.log(mpf(0.5)),
+    ),
     "student": (
         priors.make(td.StudentT(3.0, 0.2, 0.5)),
         lambda w: -2 * mp.log(1 + ((w - mpf(0.2)) / mpf(0.5)) ** 2 / 3),
@@ -169,7 +173,7 @@ def kl_and_slope(kind: str, mu: float, rho: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("kind", ["gaussian", "normal", "laplace"])
+@pytest.mark.parametrize("kind", ["gaussian", "normal", "laplace", "gumbel"])
 def test_exact_divergences_and_slopes_hold_for_any_rho(kind: str, rho: float, dtype: torch.dtype) -> None:
     expected, slope = kl_and_slope(kind, 0.7, rho)
     mu = torch.tensor([0.7], dtype=dtype, requires_grad=True)
@@ -260,3 +264,52 @@ def test_pruning_all_leaves_the_padding_row_alone() -> None:
         vnet.posteriors["weight"].mu[1] = 7.0
     assert varify.prune(vnet, 1.0) == pytest.approx(12 / 15)
     assert vnet.posteriors["weight"].mu.tolist() == [[0.0] * 3, [7.0] * 3, *[[0.0] * 3] * 3]
+
+
+# --- the support of a prior
+
+BOUNDED = [
+    td.Uniform(-1e4, 1e4),
+    td.Uniform(-1e4 * torch.ones(3), 1e4),
+    td.Independent(td.Uniform(-1e4, 1e4), 0),
+    td.MixtureSameFamily(td.Categorical(torch.ones(2)), td.Uniform(-1e4 * torch.ones(2), 1e4)),
+    td.HalfNormal(1.0),
+    td.Pareto(1e-9, 1.0),
+    td.Poisson(1.0),
+    td.Geometric(0.5),
+    td.Bernoulli(0.5),
+    td.Beta(1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("distribution", BOUNDED, ids=[f"{i} {type(d).__name__}" for i, d in enumerate(BOUNDED)])
+def test_priors_that_no_posterior_lies_within_are_refused(distribution: td.Distribution) -> None:
+    with pytest.raises(varify.PriorError, match=r"a weight may be any real number|write a varify\.priors\.Prior"):
+        varify.variationalize(nn.Linear(3, 2), prior=distribution)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        td.Gumbel(0.0, 1.0),
+        td.Gumbel(0.1, 1e-2),
+        td.Gumbel(torch.zeros(3), 1.0),
+        td.MixtureSameFamily(td.Categorical(torch.ones(2)), td.Gumbel(torch.zeros(2), 1.0)),
+    ],
+    ids=str,
+)
+def test_priors_on_the_real_line_are_taken_and_travel(distribution: td.Distribution) -> None:
+    vnet, other = (varify.variationalize(nn.Linear(3, 2, bias=False), prior=p) for p in (distribution, "gaussian"))
+    torch.manual_seed(0)
+    w = 0.1 * torch.randn(2, 3)
+    expected = distribution.log_prob(w).sum()
+    other.load_state_dict(vnet.state_dict())
+    for network in (vnet, other):
+        torch.testing.assert_close(network.posteriors["weight"].prior.log_prob(w), expected)
+
+
+def test_a_gumbel_priors_divergence_of_a_network_equals_quadrature() -> None:
+    net = nn.Linear(3, 2)
+    vnet = varify.variationalize(net, prior=td.Gumbel(0.2, 0.5), init=varify.inits.Normal((0.0, 0.1), (-3.0, 0.0)))
+    means = [m for q in vnet.posteriors.values() for m in q.mu.flatten().tolist()]
+    assert vnet.prior_loss().item() == pytest.approx(sum(kl_and_slope("gumbel", m, -3.0)[0] for m in means), rel=1e-5)

@@ -87,7 +87,7 @@ class GaussianPosterior:
         """Sigma, but at least 1.3e-14, and log sigma less the logarithm of that, each `(*shape)`; masks don't count.
 
         A divergence takes the first for sigma, which underflows where rho is far below 0, and then subtracts the sum
-        of the second: of so small a sigma only the logarithm makes a difference.
+        of the second: of so small a sigma only the logarithm makes a difference, to any prior for weights.
         """
         rho = self.rho.clamp_min(LEAST_RHO)
         return F.softplus(rho), self.rho - rho
