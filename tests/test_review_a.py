@@ -3,7 +3,10 @@
 import functools
 import math
 
+import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from mpmath import mp, mpf
@@ -313,3 +316,100 @@ def test_a_gumbel_priors_divergence_of_a_network_equals_quadrature() -> None:
     vnet = varify.variationalize(net, prior=td.Gumbel(0.2, 0.5), init=varify.inits.Normal((0.0, 0.1), (-3.0, 0.0)))
     means = [m for q in vnet.posteriors.values() for m in q.mu.flatten().tolist()]
     assert vnet.prior_loss().item() == pytest.approx(sum(kl_and_slope("gumbel", m, -3.0)[0] for m in means), rel=1e-5)
+
+
+# --- predictions in half precision
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def close(found: torch.Tensor, expected: np.ndarray) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.as_tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("n_samples", [1, 300, 1000])
+def test_moments_and_quantiles_of_half_precision_equal_numpys_in_double(n_samples: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    prediction = varify.Prediction((30 + torch.randn(n_samples, 5, 2)).to(dtype))
+    values = prediction.samples.double().numpy()
+    close(prediction.mean, values.mean(0))
+    close(prediction.std, values.std(0))
+    close(prediction.quantile(0.3), np.quantile(values, 0.3, axis=0))
+    close(
+        prediction.quantile(torch.tensor([0.31, 1.0], dtype=dtype).double()),
+        np.quantile(values, torch.tensor([0.31, 1.0], dtype=dtype).tolist(), axis=0),
+    )
+    for level in (0.5, 0.95, 0.999):
+        for end, side in zip(prediction.interval(level), (-1, 1), strict=True):
+            close(end, np.quantile(values, (1 + side * level) / 2, axis=0))
+
+
+def test_the_ends_of_an_interval_are_as_precise_as_the_outputs() -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(1000, 3, dtype=torch.float64)
+    expected = torch.as_tensor(np.quantile(samples.numpy(), [0.0005, 0.9995], axis=0))
+    torch.testing.assert_close(torch.stack(varify.Prediction(samples).interval(0.999)), expected, rtol=1e-12, atol=0)
+
+
+def by_loop(p: np.ndarray) -> dict[str, np.ndarray]:
+    """Measures of probabilities `(n_samples, batch, classes)`, one datum after another."""
+    found: dict[str, list] = {"entropy": [], "information": [], "epistemic": [], "aleatoric": []}
+    for draws in p.swapaxes(0, 1):
+        mean = draws.mean(0)
+        entropy, conditional = scipy.stats.entropy(mean), np.mean([scipy.stats.entropy(one) for one in draws])
+        found["entropy"].append(entropy)
+        found["information"].append(entropy - conditional)
+        found["epistemic"].append(np.cov(draws.T, bias=True))
+        found["aleatoric"].append(np.mean([np.diag(one) - np.outer(one, one) for one in draws], axis=0))
+    return {name: np.stack(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("outputs", ["logits", "probabilities", "binary_logits"])
+def test_measures_on_classes_of_half_precision_equal_a_loop_in_double(outputs: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    samples = 3 + 0.05 * torch.randn(100, 6, 10)
+    if outputs == "probabilities":
+        samples = samples.softmax(-1)
+    samples = (samples[..., 0] if outputs == "binary_logits" else samples).to(dtype)
+    values = samples.double().numpy()
+    if outputs == "logits":
+        p = scipy.special.softmax(values, -1)
+    else:
+        p = (
+            values
+            if outputs == "probabilities"
+            else np.stack([scipy.special.expit(-values), scipy.special.expit(values)], -1)
+        )
+    prediction = varify.Prediction(samples, outputs)
+    close(prediction.probabilities(), p.mean(0))
+    if outputs == "probabilities":  # rounded, they do not add up to 1, as scipy would make them do
+        p_sum = -(p.mean(0) * np.log(p.mean(0))).sum(-1)
+        close(prediction.entropy(), p_sum)
+        close(prediction.mutual_information(), p_sum + (p * np.log(p)).sum(-1).mean(0))
+        return
+    expected = by_loop(p)
+    close(prediction.entropy(), expected["entropy"])
+    close(prediction.mutual_information(), expected["information"])
+    assert prediction.mutual_information().min() > 0
+    for found, name in zip(prediction.covariances(), ("epistemic", "aleatoric"), strict=True):
+        close(found, expected[name])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_regression_of_half_precision_equals_a_mixture_in_double(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    likelihood = varify.HeteroscedasticGaussianLikelihood()
+    prediction = varify.Prediction((10 + 0.05 * torch.randn(200, 4, 2)).to(dtype))
+    mean, rho = prediction.samples.double().numpy()[..., :1], prediction.samples.double().numpy()[..., 1:]
+    sigma = 1e-3 + np.logaddexp(0, rho)
+    variances = prediction.variances(likelihood)
+    close(variances.epistemic, mean.var(0))
+    close(variances.aleatoric, (sigma**2).mean(0))
+    for end, q in zip(prediction.interval(0.9, likelihood), (0.05, 0.95), strict=True):
+        assert end.dtype == torch.float32
+        below = scipy.stats.norm.cdf(end.double().numpy(), mean, sigma).mean(0)
+        assert np.abs(below - q).max() < 1e-5
+    assert prediction.coverage(torch.full((4, 1), 10.0, dtype=dtype), 0.9, likelihood).item() == 1.0
