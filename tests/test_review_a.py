@@ -413,3 +413,30 @@ def test_regression_of_half_precision_equals_a_mixture_in_double(dtype: torch.dt
         below = scipy.stats.norm.cdf(end.double().numpy(), mean, sigma).mean(0)
         assert np.abs(below - q).max() < 1e-5
     assert prediction.coverage(torch.full((4, 1), 10.0, dtype=dtype), 0.9, likelihood).item() == 1.0
+
+
+# --- shapes and graphs of measures
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("normalization", ["softmax", "normalized"])
+def test_summed_covariances_for_any_batch(batch: tuple[int, ...], normalization: str) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(9, *batch, 3, dtype=torch.float64)
+    values = samples.reshape(9, -1, 3).numpy()
+    p = scipy.special.softmax(values, -1) if normalization == "softmax" else np.logaddexp(0, values)
+    p /= p.sum(-1, keepdims=True)
+    for found, name in zip(
+        varify.Prediction(samples).covariances(normalization, summed=True), ("epistemic", "aleatoric"), strict=True
+    ):
+        expected = by_loop(p)[name].sum(0) if math.prod(batch) else np.zeros((3, 3))
+        torch.testing.assert_close(found, torch.as_tensor(expected))
+
+
+def test_summed_covariances_of_one_binary_logit() -> None:
+    samples = torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64)
+    p = scipy.special.expit(samples.numpy())
+    epistemic, aleatoric = varify.Prediction(samples, "binary_logits").covariances(summed=True)
+    sign = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    torch.testing.assert_close(epistemic, torch.as_tensor(p.var() * sign))
+    torch.testing.assert_close(aleatoric, torch.as_tensor((p * (1 - p)).mean() * sign))

@@ -213,7 +213,7 @@ class Prediction:
         epistemic = torch.einsum("s...i,s...j->...ij", away, away) / self.n_samples
         aleatoric = p.mean(0).diag_embed() - torch.einsum("s...i,s...j->...ij", p, p) / self.n_samples
         if summed:
-            return epistemic.flatten(0, -3).sum(0), aleatoric.flatten(0, -3).sum(0)
+            return _over_inputs(epistemic), _over_inputs(aleatoric)
         return epistemic, aleatoric
 
     def variation_ratio(self) -> Tensor:
@@ -221,6 +221,11 @@ class Prediction:
         p = self._probability_samples()
         votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(0)
         return 1 - votes.max(-1).values / self.n_samples
+
+
+def _over_inputs(matrices: Tensor) -> Tensor:
+    """Sum of `(*batch, classes, classes)` over the batch, which may have no dimensions."""
+    return matrices.unsqueeze(0).flatten(0, -3).sum(0)
 
 
 def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
