@@ -440,3 +440,17 @@ def test_summed_covariances_of_one_binary_logit() -> None:
     sign = np.array([[1.0, -1.0], [-1.0, 1.0]])
     torch.testing.assert_close(epistemic, torch.as_tensor(p.var() * sign))
     torch.testing.assert_close(aleatoric, torch.as_tensor((p * (1 - p)).mean() * sign))
+
+
+def test_measures_of_a_learned_noise_carry_no_graph() -> None:
+    likelihood = varify.GaussianLikelihood(0.5)
+    prediction = varify.Prediction(torch.randn(9, 4, 2))
+    low, high = prediction.interval(0.9, likelihood)
+    coverage = prediction.coverage(torch.zeros(4, 2), 0.9, likelihood)
+    variances = prediction.variances(likelihood)
+    for measure in (low, high, coverage, *variances, variances.total):
+        assert not measure.requires_grad
+        measure.numpy()
+    np.testing.assert_allclose(variances.aleatoric.numpy(), 0.25, rtol=1e-6)
+    assert likelihood.rho.grad is None
+    assert likelihood.rho.requires_grad

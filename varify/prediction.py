@@ -124,7 +124,7 @@ class Prediction:
         if likelihood is None:
             low, high = self.quantile(torch.tensor(ends, dtype=torch.float64))
         else:
-            low, high = (_mixture_quantile(*likelihood.moments(self._precise), end) for end in ends)
+            low, high = (_mixture_quantile(*self._moments(likelihood), end) for end in ends)
         return low, high
 
     def coverage(self, targets: Tensor, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
@@ -144,8 +144,13 @@ class Prediction:
         Args:
             likelihood: such as `varify.GaussianLikelihood`: tells mean and variance of a target given an output.
         """
-        mean, var = likelihood.moments(self._precise)
+        mean, var = self._moments(likelihood)
         return Variances(mean.var(0, correction=0), var.mean(0))
+
+    def _moments(self, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a target by draw, without the graph of a likelihood whose noise is learned."""
+        mean, var = likelihood.moments(self._precise)
+        return mean.detach(), var.detach()
 
     # --- classes
 
