@@ -454,3 +454,29 @@ def test_measures_of_a_learned_noise_carry_no_graph() -> None:
     np.testing.assert_allclose(variances.aleatoric.numpy(), 0.25, rtol=1e-6)
     assert likelihood.rho.grad is None
     assert likelihood.rho.requires_grad
+
+
+# --- sigma from curvature
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_fit_sigma_of_a_pruned_network_is_at_its_zeros(curvature: str) -> None:
+    vnet = two_layers(prior=priors.Gaussian(std=0.7))
+    varify.prune(vnet, 0.5)
+    pruned = vnet.mean_model().double()
+    with torch.no_grad():
+        for q in vnet.posteriors.values():  # as momentum would
+            q.mu += 0.5 * (q.fixed == 2)
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    varify.fit_sigma(vnet, [(x, y)], lambda a, b: (a - b).square().sum() / 2, num_data=30, curvature=curvature)
+    for name, parameter in pruned.named_parameters():
+        squares = torch.zeros_like(parameter)
+        for one, target in zip(x.double(), y.double(), strict=True):
+            output = pruned(one)
+            rows = [torch.autograd.grad(o, parameter, retain_graph=True)[0] for o in output]
+            # the Hessian of half a squared error is the identity, its gradient the residual
+            scores = [sum(row * r for row, r in zip(rows, output - target, strict=True))]
+            squares += sum(s.square() for s in (scores if curvature == "fisher" else rows)).detach()
+        q = vnet.posteriors[name]
+        expected = (30 / 6 * squares + 1 / 0.7**2).rsqrt().float()
+        torch.testing.assert_close(q.sigma[q.fixed == 0], expected[q.fixed == 0], rtol=1e-4, atol=1e-6)

@@ -77,7 +77,8 @@ def _curvature(
     vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, num_data: int, curvature: str
 ) -> tuple[Squares, int]:
     """Sum over the data of the squares, by parameter, and how many data there were."""
-    means = {name: q.mu.detach() for name, q in vnet.posteriors.items()}
+    # not mu itself, which momentum may have moved where a weight is pruned
+    means = {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
     seen = 0
     for inputs, targets in loader:
