@@ -30,8 +30,8 @@ class Factorised(Prior):
     def __init__(self, distribution: Any, n_mc_samples: int = 1) -> None:
         super().__init__(n_mc_samples)
         if isinstance(distribution, distributions.Distribution):
-            _check_scalar_and_real(distribution)
             self.description = self._describe(distribution, "")
+            _check_scalar_and_real(distribution)
         else:  # the description out of a checkpoint
             self.description = distribution
             self._make_room(distribution, "")
@@ -131,19 +131,31 @@ class _Picked(Prior):
 def _check_scalar_and_real(distribution: distributions.Distribution) -> None:
     if distribution.event_shape:
         raise PriorError(f"{distribution!r} is a distribution of vectors; one over single weights is needed")
-    for point in (-1e3, -1.0, 0.0, 1.0, 1e3):
-        try:
-            finite = distribution.log_prob(torch.tensor(point)).isfinite().all()
-        except (ValueError, NotImplementedError) as error:
-            raise PriorError(f"{distribution!r} has no density at {point}: a weight may be any real number") from error
-        if not finite:
-            raise PriorError(f"{distribution!r} has no finite log density at {point}: a weight may be any real number")
+    if not _is_real_line(distribution):
+        raise PriorError(
+            f"{distribution!r} has a bounded or discrete support: a weight may be any real number, and where the "
+            "prior has no density the divergence is infinite"
+        )
+    try:
+        finite = distribution.log_prob(torch.tensor(0.0)).isfinite().all()
+    except (ValueError, NotImplementedError) as error:
+        raise PriorError(f"{distribution!r} has no density at 0: write a varify.priors.Prior") from error
+    if not finite:
+        raise PriorError(f"{distribution!r} has no finite log density at 0: a weight may be any real number")
+
+
+def _is_real_line(distribution: distributions.Distribution) -> bool:
+    support: Any = distribution.support
+    while hasattr(support, "base_constraint"):  # of an Independent or a mixture
+        support = support.base_constraint
+    return isinstance(support, type(distributions.constraints.real))
 
 
 @register_kl(GaussianPosterior, Factorised)
 def _kl_factorised(q: GaussianPosterior, p: Factorised) -> Tensor:
     prior = p.distribution.expand(q.rho.shape)
+    sigma, log_rest = q.floored_sigma()
     try:
-        return distributions.kl_divergence(distributions.Normal(q.mean, q.sigma), prior).sum()
+        return (distributions.kl_divergence(distributions.Normal(q.mean, sigma), prior) - log_rest).sum()
     except NotImplementedError:  # torch's signal for "no rule for this pair"
         return estimated_kl(q, p)

@@ -77,7 +77,8 @@ def _curvature(
     vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, num_data: int, curvature: str
 ) -> tuple[Squares, int]:
     """Sum over the data of the squares, by parameter, and how many data there were."""
-    means = {name: q.mu.detach() for name, q in vnet.posteriors.items()}
+    # not mu itself, which momentum may have moved where a weight is pruned
+    means = {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
     seen = 0
     for inputs, targets in loader:
@@ -161,7 +162,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         where: glob, or several, on parameter names.
 
     Returns:
-        The new std by parameter name.
+        The new std by parameter name; those of which no weight is free keep theirs, and are left out.
 
     Raises:
         SelectionError: `where` matches nothing.
@@ -174,6 +175,8 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     fitted = {}
     for name in matched:
         q = posteriors[name].free()
+        if not q.rho.numel():  # pruned as a whole: there is nothing to fit to
+            continue
         prior = q.prior
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 PRUNED = 2  # in a mask of fixed weights
+# Below it softplus(rho) is e^rho to the last digit of double precision, 1.3e-14: less than any weight's scale.
+LEAST_RHO = -32.0
 
 
 @torch.no_grad()
@@ -77,6 +79,21 @@ class GaussianPosterior:
         return sigma if self.fixed is None else torch.where(self.fixed == 0, sigma, 0.0)
 
     @property
+    def log_sigma(self) -> Tensor:
+        """Log of the standard deviation of weights that are not fixed, `(*shape)`; exact where sigma underflows."""
+        sigma, log_rest = self.floored_sigma()
+        return sigma.log() + log_rest
+
+    def floored_sigma(self) -> tuple[Tensor, Tensor]:
+        """Sigma, but at least 1.3e-14, and log sigma less the logarithm of that, each `(*shape)`; masks don't count.
+
+        A divergence takes the first for sigma, which underflows where rho is far below 0, and then subtracts the sum
+        of the second: of so small a sigma only the logarithm makes a difference, to any prior for weights.
+        """
+        rho = self.rho.clamp_min(LEAST_RHO)
+        return F.softplus(rho), self.rho - rho
+
+    @property
     def snr(self) -> Tensor:
         """Signal to noise, |mu|/sigma, `(*shape)`: how much a weight matters; 0 for one that is fixed at 0."""
         return torch.where(self.mean == 0, 0.0, self.mean.abs() / self.sigma)
@@ -102,19 +119,21 @@ class GaussianPosterior:
         """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""
         if self.fixed is not None:
             return self.free().entropy()
-        return self.sigma.log().sum() + self.rho.numel() * 0.5 * (1 + math.log(2 * math.pi))
+        return self.log_sigma.sum() + self.rho.numel() * 0.5 * (1 + math.log(2 * math.pi))
 
     def log_ratio(self, eps: Tensor) -> Tensor:
         """Log q(w) − log p(w) at the draw that belongs to `eps`, scalar `()`, nats; its mean over draws is the KL."""
         if self.fixed is not None:
             return self.free().log_ratio(eps[self.fixed == 0])
-        log_q = -(0.5 * eps.square() + self.sigma.log()).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
+        if not self.rho.numel():  # a prior's density of no weights, such as one by their mean, may be NaN
+            return self.rho.sum()
+        log_q = -(0.5 * eps.square() + self.log_sigma).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
         return log_q - self.prior.log_prob(self.at(eps))
 
     def kl_divergence(self) -> Tensor:
         """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""
-        q = self if self.fixed is None else self.free()
-        return kl_divergence(q, q.prior)
+        q = self.free()
+        return kl_divergence(q, q.prior) if q.rho.numel() else q.rho.sum()
 
     def free(self) -> "GaussianPosterior":
         """The posterior of the weights that are not fixed, as a vector."""

@@ -43,6 +43,9 @@ OUTPUTS = ("logits", "probabilities", "binary_logits")
 class Prediction:
     """Outputs of `n_samples` draws of the weights on one batch.
 
+    Measures of outputs in half precision, as under autocast, are in single precision: half has too few digits to tell
+    a quantile's rank or a small difference of entropies.
+
     Attributes:
         samples: `(n_samples, *batch, ...)`.
         outputs: what the network returns, for the measures on classes: "logits" (log probabilities are logits as
@@ -70,15 +73,21 @@ class Prediction:
         """Number of draws."""
         return len(self.samples)
 
+    @property
+    def _precise(self) -> Tensor:
+        """The samples in at least single precision."""
+        half = self.samples.is_floating_point() and torch.finfo(self.samples.dtype).bits < 32
+        return self.samples.float() if half else self.samples
+
     @cached_property
     def mean(self) -> Tensor:
         """Mean over the draws, `(*batch, ...)`."""
-        return self.samples.mean(0)
+        return self._precise.mean(0)
 
     @cached_property
     def std(self) -> Tensor:
         """Standard deviation over the draws, `(*batch, ...)`, divided by n_samples (so that a single draw has 0)."""
-        return self.samples.std(0, correction=0)
+        return self._precise.std(0, correction=0)
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """Quantile(s) over the draws, `(*batch, ...)`, with a leading dimension if `q` is a vector.
@@ -86,15 +95,16 @@ class Prediction:
         Raises:
             ValueError: q outside [0, 1].
         """
-        wanted = torch.as_tensor(q, dtype=self.samples.dtype, device=self.samples.device)
+        samples = self._precise
+        wanted = torch.as_tensor(q, dtype=samples.dtype, device=samples.device)
         if not ((wanted >= 0) & (wanted <= 1)).all():
             raise ValueError(f"q={q}: quantiles lie within [0, 1]")
         # torch.quantile refuses large tensors; sorting draws and interpolating does the same for any size
-        ordered = self.samples.sort(0).values
+        ordered = samples.sort(0).values
         position = wanted * (self.n_samples - 1)
         below = position.floor().long()
         above = (below + 1).clamp_max(self.n_samples - 1)
-        weight = (position - below).reshape(*wanted.shape, *(1,) * (self.samples.dim() - 1))
+        weight = (position - below).reshape(*wanted.shape, *(1,) * (samples.dim() - 1))
         return torch.lerp(ordered[below], ordered[above], weight)
 
     def interval(self, level: float = 0.95, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor]:
@@ -112,9 +122,9 @@ class Prediction:
             raise ValueError(f"level={level}: it must lie within (0, 1)")
         ends = ((1 - level) / 2, (1 + level) / 2)
         if likelihood is None:
-            low, high = self.quantile(torch.tensor(ends))
+            low, high = self.quantile(torch.tensor(ends, dtype=torch.float64))
         else:
-            low, high = (_mixture_quantile(*likelihood.moments(self.samples), end) for end in ends)
+            low, high = (_mixture_quantile(*self._moments(likelihood), end) for end in ends)
         return low, high
 
     def coverage(self, targets: Tensor, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
@@ -134,17 +144,22 @@ class Prediction:
         Args:
             likelihood: such as `varify.GaussianLikelihood`: tells mean and variance of a target given an output.
         """
-        mean, var = likelihood.moments(self.samples)
+        mean, var = self._moments(likelihood)
         return Variances(mean.var(0, correction=0), var.mean(0))
+
+    def _moments(self, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+        """Mean and variance of a target by draw, without the graph of a likelihood whose noise is learned."""
+        mean, var = likelihood.moments(self._precise)
+        return mean.detach(), var.detach()
 
     # --- classes
 
     def _probability_samples(self) -> Tensor:
         """`(n_samples, *batch, ..., classes)`, the class dimension last."""
         if self.outputs == "binary_logits":
-            second = self.samples.sigmoid()
+            second = self._precise.sigmoid()
             return torch.stack([1 - second, second], -1)
-        samples = self.samples.movedim(self._class_dim(), -1)
+        samples = self._precise.movedim(self._class_dim(), -1)
         return samples if self.outputs == "probabilities" else samples.softmax(-1)
 
     def _class_dim(self) -> int:
@@ -195,7 +210,7 @@ class Prediction:
         if normalization == "softmax":
             p = self._probability_samples()
         elif self.outputs == "logits":
-            p = F.softplus(self.samples.movedim(self._class_dim(), -1))
+            p = F.softplus(self._precise.movedim(self._class_dim(), -1))
             p = p / p.sum(-1, keepdim=True)
         else:
             raise ValueError(f"normalization='normalized' is for logits; the outputs are {self.outputs}")
@@ -203,7 +218,7 @@ class Prediction:
         epistemic = torch.einsum("s...i,s...j->...ij", away, away) / self.n_samples
         aleatoric = p.mean(0).diag_embed() - torch.einsum("s...i,s...j->...ij", p, p) / self.n_samples
         if summed:
-            return epistemic.flatten(0, -3).sum(0), aleatoric.flatten(0, -3).sum(0)
+            return _over_inputs(epistemic), _over_inputs(aleatoric)
         return epistemic, aleatoric
 
     def variation_ratio(self) -> Tensor:
@@ -211,6 +226,11 @@ class Prediction:
         p = self._probability_samples()
         votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(0)
         return 1 - votes.max(-1).values / self.n_samples
+
+
+def _over_inputs(matrices: Tensor) -> Tensor:
+    """Sum of `(*batch, classes, classes)` over the batch, which may have no dimensions."""
+    return matrices.unsqueeze(0).flatten(0, -3).sum(0)
 
 
 def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:

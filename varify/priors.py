@@ -251,9 +251,9 @@ def _normal_log_density(z: Tensor, std: Tensor | float) -> Tensor:
 def _kl_gaussian(q: GaussianPosterior, p: Gaussian) -> Tensor:
     # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½. Dot products, since they make no tensor of the parameter's size.
     std = p._known_std()
-    sigma = q.sigma
+    sigma, log_rest = q.floored_sigma()
     ratio, shift = (sigma / std).reshape(-1), ((q.mean - p.mean) / std).reshape(-1)
-    return 0.5 * (ratio.dot(ratio) + shift.dot(shift) - ratio.numel()) - ratio.log().sum()
+    return 0.5 * (ratio.dot(ratio) + shift.dot(shift) - ratio.numel()) - ratio.log().sum() - log_rest.sum()
 
 
 @register("mixtgauss")

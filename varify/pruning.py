@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varify.module import VariationalModule
-from varify.posteriors import PRUNED
+from varify.posteriors import PRUNED, GaussianPosterior
 from varify.selection import matching
 from varify.sharding import refuse_sharded
 
@@ -50,9 +50,11 @@ def prune(
         raise ValueError(f"threshold={threshold}: a number of at least 0 is needed")
     refuse_sharded(vnet, "varify.prune")
     posteriors = dict(vnet.posteriors)
-    names = matching(posteriors, where)
-    ratios = {name: _ratios(posteriors[name].snr, posteriors[name].fixed) for name in names}
-    chosen = _below(ratios, threshold) if threshold is not None else _lowest(ratios, fraction or 0.0)
+    among = {name: posteriors[name] for name in matching(posteriors, where)}
+    if threshold is not None:
+        chosen = {name: _scores(q.snr, q.fixed) < threshold for name, q in among.items()}
+    else:
+        chosen = _lowest({name: _scores(_log_snr(q), q.fixed) for name, q in among.items()}, fraction or 0.0)
     for name, lost in chosen.items():
         fixed = posteriors[name].fixed
         mask = torch.zeros_like(lost, dtype=torch.int8) if fixed is None else fixed.clone()
@@ -62,26 +64,28 @@ def prune(
     return sum(int(lost.sum()) for lost in chosen.values()) / sum(lost.numel() for lost in chosen.values())
 
 
-def _ratios(snr: Tensor, fixed: Tensor | None) -> Tensor:
-    """Signal to noise; below all where a weight is pruned already, above all where it is fixed for another reason."""
+def _log_snr(q: GaussianPosterior) -> Tensor:
+    """Logarithm of |mu|/sigma, `(*shape)`: finite for every free weight, also where sigma underflows or mu is 0."""
+    log_mean = q.mean.abs().log()
+    return (log_mean - q.log_sigma).clamp_min(torch.finfo(log_mean.dtype).min)
+
+
+def _scores(signal: Tensor, fixed: Tensor | None) -> Tensor:
+    """The signal; below all where a weight is pruned already, above all where it is fixed for another reason."""
     if fixed is None:
-        return snr
-    return snr.masked_fill(fixed == PRUNED, -1.0).masked_fill((fixed != 0) & (fixed != PRUNED), math.inf)
+        return signal
+    return signal.masked_fill(fixed == PRUNED, -math.inf).masked_fill((fixed != 0) & (fixed != PRUNED), math.inf)
 
 
-def _below(ratios: dict[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    return {name: r < threshold for name, r in ratios.items()}
-
-
-def _lowest(ratios: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
+def _lowest(scores: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
     # By rank, since a value at the border may be that of many weights. One order over all parameters.
-    device = next(iter(ratios.values())).device
-    together = torch.cat([r.flatten().to(device) for r in ratios.values()])
+    device = next(iter(scores.values())).device
+    together = torch.cat([s.flatten().to(device) for s in scores.values()])
     lost = torch.zeros(together.shape, dtype=torch.bool, device=device)
     lost[together.argsort()[: round(fraction * together.numel())]] = True
-    lost &= together.isfinite()
-    parts = lost.split([r.numel() for r in ratios.values()])
-    return {name: part.reshape(r.shape).to(r.device) for (name, r), part in zip(ratios.items(), parts, strict=True)}
+    lost &= together != math.inf
+    parts = lost.split([s.numel() for s in scores.values()])
+    return {name: part.reshape(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def pruning_curve(

@@ -1,5 +1,6 @@
 """Which parameters of a network become variational, and why the others don't."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +13,11 @@ from varify.errors import ModelError, SelectionError, listed
 
 Where = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
 T = TypeVar("T")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# "Norm" as a word of a name in CamelCase or snake_case, or the end of a word such as "Layernorm": not "Abnormality".
+_NORM_WORD = re.compile(
+    r"(?:Norm|(?<![a-z])norm|(?i:(?:batch|layer|group|instance|rms)norm))(?:ali[sz](?:ation|er)|s)?(?![a-z])"
+)
 
 
 class Site(NamedTuple):
@@ -194,14 +200,21 @@ def _impossible(site: Site) -> str | None:
 def _default_exclusion(site: Site) -> str | None:
     if not site.parameter.requires_grad:
         return "frozen"
-    if is_normalisation(site.owner) and site.parameter.dim() < 2:
-        return "normalisation layer"
-    return None
+    return "normalisation layer" if _scales_or_shifts(site) else None
+
+
+def _scales_or_shifts(site: Site) -> bool:
+    """Whether a normalization layer scales or shifts by this parameter."""
+    # torch's own may do so over several dimensions, as LayerNorm([C, H, W]) does
+    if isinstance(site.owner, _NORMS) and site.attr in ("weight", "bias"):
+        return True
+    # what is known by its name alone may be a layer that normalizes and does more, with matrices of its own
+    return site.parameter.dim() < 2 and is_normalisation(site.owner)
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """Torch's normalisation layers, and others' by their name (`LlamaRMSNorm`, `BatchNormAct2d`, ...)."""
-    return "norm" in type(module).__name__.lower()
+    """Torch's normalization layers, and others' by a word of their name (`LlamaRMSNorm`, `BatchNormAct2d`, ...)."""
+    return isinstance(module, _NORMS) or _NORM_WORD.search(type(module).__name__) is not None
 
 
 def _not_asked_for(site: Site, where: Any) -> str | None:
