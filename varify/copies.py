@@ -74,7 +74,7 @@ def foreign_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Those that a module holds otherwise than as its own: in containers, helper objects and closures, at any depth."""
     own = {id(m) for m in module.modules()} | {id(p) for p in module.parameters()}
     held = [part for m in module.modules() for part in children(m)]
-    return (found for found in reachable(held, seen=own) if isinstance(found, nn.Parameter))
+    return (found for found in reachable(held, seen=own) if _is_tensor(found) and isinstance(found, nn.Parameter))
 
 
 class Holdings:
@@ -137,9 +137,9 @@ class Holdings:
     def tensors(self) -> Iterable[Tensor]:
         """Those that a copy has copies of."""
         if not self._functions:
-            return [*self._own_tensors, *(value for value, *_ in self._found.values() if isinstance(value, Tensor))]
+            return [*self._own_tensors, *(value for value, *_ in self._found.values() if _is_tensor(value))]
         roots = [vars(module) for module in self._modules]
-        return (found for found in reachable(roots, self._copied_parts) if isinstance(found, Tensor))
+        return (found for found in reachable(roots, self._copied_parts) if _is_tensor(found))
 
     def _inside(self, value: Any) -> Iterable[Any]:
         return () if self.is_own(value) else children(value)
@@ -284,6 +284,10 @@ def _globals_of(function: FunctionType) -> frozenset[str]:
 def _globals_in(code: CodeType) -> frozenset[str]:
     names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return frozenset(names).union(*(_globals_in(part) for part in code.co_consts if isinstance(part, CodeType)))
+
+
+def _is_tensor(value: Any) -> bool:
+    return issubclass(type(value), Tensor)  # isinstance() may ask the value, which may be a user's proxy
 
 
 def _told(function: FunctionType) -> str:
