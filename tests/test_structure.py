@@ -15,6 +15,7 @@ ORDER = [
         "calls",
         "draws",
         "summary",
+        "reachable",
         "copies",
         "hazards",
         "snapshots",

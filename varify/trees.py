@@ -18,17 +18,18 @@ class Tree(nn.Module):
     def put_leaf(self, name: str, leaf: Tensor | nn.Module) -> None:
         """Set the leaf at `name`, in place of one that is there; a tensor that is no parameter becomes a buffer."""
         head, _, rest = name.partition(".")
-        if not rest:
-            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):
-                self.register_buffer(head, leaf)
-            else:
-                setattr(self, head, leaf)
+        if rest:
+            branch = self._modules.setdefault(head, type(self)())
+            assert isinstance(branch, Tree)
+            branch.put_leaf(rest, leaf)
             return
-        if head not in self._modules:
-            self.add_module(head, type(self)())
-        branch = self._modules[head]
-        assert isinstance(branch, Tree)
-        branch.put_leaf(rest, leaf)
+        # Into torch's tables and not by setattr(): a network's layer may be called like a method of this class.
+        parameters, buffers, modules = tables = _tables(self)
+        right = parameters if isinstance(leaf, nn.Parameter) else buffers if isinstance(leaf, Tensor) else modules
+        for table in tables:
+            if table is not right:
+                table.pop(head, None)
+        right[head] = leaf
 
     def leaf_at(self, name: str) -> Any:
         """The leaf at `name`, or None."""
@@ -38,11 +39,15 @@ class Tree(nn.Module):
             branch = branch._modules.get(part) if branch is not None else None
         if branch is None:
             return None
-        return next((t[last] for t in (branch._parameters, branch._buffers, branch._modules) if last in t), None)
+        return next((table[last] for table in _tables(branch) if last in table), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tree":
         super()._apply(lambda tensor: _apply_but_halving(fn, tensor), recurse)
         return self
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers, module._modules
 
 
 def _apply_but_halving(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
