@@ -79,15 +79,18 @@ class VariationalModule(nn.Module):
         return Posteriors(self._posteriors(), aliases(self.module))
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
-        names = self._chosen if torch.compiler.is_compiling() else self._slots().sites
+        if torch.compiler.is_compiling():
+            means = {name: self.module.get_parameter(name) for name in self._chosen}
+        else:
+            means = self._slots().means()
         return {
             name: GaussianPosterior(
-                whole(self.module.get_parameter(name)),
+                whole(parameter),
                 whole(self.rho.leaf_at(name)),
                 self.prior.leaf_at(name),
                 self.fixed.leaf_at(name),
             )
-            for name in names
+            for name, parameter in means.items()
         }
 
     def _slots(self) -> Slots:
@@ -121,8 +124,8 @@ class VariationalModule(nn.Module):
             return self._at_means(args, kwargs)
         if self._estimates():
             return self._estimated(args, kwargs)
-        with self._slots().views.taken(draw(self._posteriors(), self._noise)) as view:
-            return view.network(*args, **kwargs)
+        theta = draw(self._posteriors(), self._noise)
+        return self._slots().views.run(lambda network: network(*args, **kwargs), theta)
 
     def _estimates(self) -> bool:
         """Whether a forward of the moment has estimators: in training, unless draws are asked for."""
@@ -141,12 +144,16 @@ class VariationalModule(nn.Module):
 
     def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         slots = self._slots()
-        with slots.views.taken(draw(self._posteriors())) as view:
-            if in_transform():  # of torch.func, where values can't be looked at
-                if self._strict:
-                    raise EstimatorError("strict=True: call the module once outside of torch.func's transforms first")
-                return view.network(*args, **kwargs)
-            output, found = record(view.network, lambda network: network(*args, **kwargs), inputs, slots.sites)
+        theta = draw(self._posteriors())
+
+        def call(network: nn.Module) -> Any:
+            return network(*args, **kwargs)
+
+        if in_transform():  # of torch.func, where values can't be looked at
+            if self._strict:
+                raise EstimatorError("strict=True: call the module once outside of torch.func's transforms first")
+            return slots.views.run(call, theta)
+        output, found = slots.views.run(lambda network: record(network, call, inputs, slots.sites), theta)
         plan = Plan(found, self._estimators, self._batch_dim)
         refuse(plan.decisions, self._strict)
         slots.plans[kind] = plan
@@ -156,8 +163,8 @@ class VariationalModule(nn.Module):
         pruned = self._pruned()
         if not pruned:
             return self.module(*args, **kwargs)
-        with self._slots().views.taken({name: q.mean.to(q.mu.dtype) for name, q in pruned.items()}) as view:
-            return view.network(*args, **kwargs)
+        theta = {name: q.mean.to(q.mu.dtype) for name, q in pruned.items()}
+        return self._slots().views.run(lambda network: network(*args, **kwargs), theta)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile sees of a forward: drawn weights in the user's code."""
@@ -196,8 +203,7 @@ class VariationalModule(nn.Module):
                     f"theta lacks {listed(lacking)}: a weight for every name in vnet.posteriors is "
                     "needed, such as {name: q.rsample() for name, q in vnet.posteriors.items()}"
                 )
-            with slots.apart.taken(theta, training) as view:
-                return view.network(*args, **kwargs)
+            return slots.apart.run(lambda network: network(*args, **kwargs), theta, training)
 
         return f
 
@@ -235,9 +241,12 @@ class VariationalModule(nn.Module):
             slots = self._slots()
             buffers: dict[int, Tensor] = {}
 
+            def call(network: nn.Module) -> Any:
+                with _all_sampling(network):
+                    return network(*args, **kwargs)
+
             def run(theta: Mapping[str, Any]) -> Any:
-                with slots.apart.taken(theta, training=False, buffers=buffers) as view, _all_sampling(view.network):
-                    return view.network(*args, **kwargs)
+                return slots.apart.run(call, theta, training=False, buffers=buffers)
 
             kind = kind_of_call(args, kwargs)
             slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module)
@@ -425,8 +434,12 @@ class VariationalModule(nn.Module):
             raise ValueError("inputs of the network are needed, such as a batch: the call with them is recorded")
         slots, posteriors = self._slots(), self._posteriors()
         tensors = placeholders(inputs, named)
-        with torch.random.fork_rng(cuda_devices(posteriors)), slots.apart.taken(draw(posteriors), buffers={}) as view:
-            _, found = record(view.network, lambda network: network(*inputs, **named), tensors, slots.sites)
+
+        def recorded(network: nn.Module) -> Any:
+            return record(network, lambda network: network(*inputs, **named), tensors, slots.sites)
+
+        with torch.random.fork_rng(cuda_devices(posteriors)):
+            _, found = slots.apart.run(recorded, draw(posteriors), buffers={})
         estimators = self._estimators if self._estimates() else dict.fromkeys(self._estimators, "weights")
         return found, Plan(found, estimators, self._batch_dim)
 

@@ -108,11 +108,11 @@ def replaced(value: Any, new: Callable[[Any], Any]) -> Any:
     elif issubclass(kind, partial):
         bound = (new(value.func), new(value.args), new(value.keywords))
         if bound[0] is not value.func or bound[1] is not value.args:
-            partial.__setstate__(value, (*bound, _attributes(value)))  # type: ignore[attr-defined]  # not in typeshed
+            partial.__setstate__(value, (*bound, attributes(value)))  # type: ignore[attr-defined]  # not in typeshed
     if kind not in _BARE:
-        _replace_in_dict(_attributes(value), new)
-        for slot in _slots(kind):
-            part = _in_slot(slot, value)
+        _replace_in_dict(attributes(value), new)
+        for slot in slots(kind):
+            part = in_slot(slot, value)
             if (now := _new(part, new)) is not part:
                 slot.__set__(value, now)
     return value
@@ -135,8 +135,8 @@ def _parts(value: Any, kind: type) -> Iterator[Any]:
         yield from value.__defaults__ or ()
         yield from (value.__kwdefaults__ or {}).values()
     if kind not in _BARE:
-        yield from list(_attributes(value).values())
-        yield from (_in_slot(slot, value) for slot in _slots(kind))
+        yield from list(attributes(value).values())
+        yield from (in_slot(slot, value) for slot in slots(kind))
 
 
 def _items(value: Any, kind: type) -> list[Any]:
@@ -144,7 +144,8 @@ def _items(value: Any, kind: type) -> list[Any]:
     return list(base.__iter__(value))
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def attributes(value: Any) -> dict[str, Any]:
+    """What `vars(value)` is, without running code of its class; an empty dict where there is none."""
     for base in type(value).__mro__:
         found = base.__dict__.get("__dict__")
         if found is not None and type(found) in (
@@ -155,12 +156,14 @@ def _attributes(value: Any) -> dict[str, Any]:
     return {}
 
 
-def _slots(kind: type) -> list[MemberDescriptorType]:
+def slots(kind: type) -> list[MemberDescriptorType]:
+    """The slots of objects of this class."""
     made = [base for base in kind.__mro__ if "__slots__" in base.__dict__]
     return [slot for base in made for slot in base.__dict__.values() if type(slot) is MemberDescriptorType]
 
 
-def _in_slot(slot: MemberDescriptorType, value: Any) -> Any:
+def in_slot(slot: MemberDescriptorType, value: Any) -> Any:
+    """What is in it, None if nothing is."""
     try:
         return slot.__get__(value)
     except AttributeError:  # nothing was set

@@ -5,14 +5,14 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from varify.reachable import children
+from varify.reachable import attributes, children, contents, in_slot, slots
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
@@ -76,6 +76,8 @@ class Replacing:
     def _copy(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):
             self._copy_function(value)
+        elif isinstance(value, types.BuiltinMethodType):
+            self._keep(value, getattr(self(value.__self__), value.__name__))
         elif isinstance(value, types.MethodType):
             self._keep(value, types.MethodType(self(value.__func__), self(value.__self__)))
         elif isinstance(value, functools.partial):
@@ -93,7 +95,7 @@ class Replacing:
         new = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
         self._keep(value, new)  # before what it leads to, which may be itself
         for cell, old in zip(cells, value.__closure__ or (), strict=True):
-            if cell is not old and not _is_filled(cell):
+            if cell is not old and contents(cell) is None:
                 cell.cell_contents = self(old.cell_contents)
         new.__defaults__ = self(value.__defaults__)
         new.__kwdefaults__ = self(value.__kwdefaults__)
@@ -105,7 +107,7 @@ class Replacing:
         """The cell itself where it leads to nothing of ours, so that it is still shared; else an empty one for it."""
         if id(cell) in self._copies:
             return self._copies[id(cell)][1]
-        if not _is_filled(cell) or not self._leads(cell.cell_contents):
+        if not self._leads(contents(cell)):
             return cell
         return self._keep(cell, types.CellType())
 
@@ -135,17 +137,13 @@ class Replacing:
                 _fill(value, new, back)
                 self._mutable[i] = value, new, _contents(value), _contents(new)
 
+    def copies(self) -> list[Any]:
+        """All that were made."""
+        return [new for _, new in self._copies.values()]
+
     def reversed(self) -> dict[int, Any]:
         """The originals by the identity of their copies."""
         return {id(new): value for value, new in self._copies.values()}
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _rebuilt(value: Any, items: list[Any]) -> Any:
@@ -159,20 +157,18 @@ def _contents(value: Any) -> list[Any]:
         own += [thing for item in dict.items(value) for thing in item]
     elif isinstance(value, (list, set, deque)):
         own += list(value)
-    attributes = getattr(value, "__dict__", None)
-    if attributes:
-        own += [thing for item in attributes.items() for thing in item]
-    return own
+    own += [thing for item in attributes(value).items() for thing in item]
+    return own + [in_slot(slot, value) for slot in slots(type(value))]
 
 
 def _same(now: list[Any], then: list[Any]) -> bool:
     return len(now) == len(then) and all(map(is_, now, then))
 
 
-def _fill(target: Any, source: Any, like: Any) -> None:
+def _fill(target: Any, source: Any, like: Callable[[Any], Any]) -> None:
     """Give `target` the contents of `source`, each as `like` has it."""
     if isinstance(source, dict):
-        items = {key: like(one) for key, one in dict.items(source)}
+        items = {like(key): like(one) for key, one in dict.items(source)}
         dict.clear(target)
         dict.update(target, items)
     elif isinstance(source, (list, deque)):
@@ -183,7 +179,9 @@ def _fill(target: Any, source: Any, like: Any) -> None:
         members = {like(one) for one in source}
         target.clear()
         target.update(members)
-    if hasattr(source, "__dict__"):
-        attributes = {key: like(one) for key, one in vars(source).items()}
-        vars(target).clear()
-        vars(target).update(attributes)
+    own = {key: like(one) for key, one in attributes(source).items()}
+    attributes(target).clear()
+    attributes(target).update(own)
+    for slot in slots(type(source)):
+        if (part := in_slot(slot, source)) is not None:
+            slot.__set__(target, like(part))

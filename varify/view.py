@@ -7,14 +7,15 @@ the view to a parameter that it replaces. What forward sets is set in the networ
 """
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
 from operator import is_
+from types import GeneratorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from varify.replacing import PLAIN, Replacing, beneath
 from varify.selection import Site
@@ -27,6 +28,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 class Stale(Exception):
     """The network has changed in a way that needs a new view."""
+
+
+class Discarded(BaseException):
+    """A call is to be as if it had not been. Not an `Exception`: the network's own `except` is not meant by it."""
 
 
 class Views:
@@ -45,17 +50,32 @@ class Views:
         self.network, self._sites, self._whole = network, sites, whole
         self._free: list[View] = []
 
-    @contextmanager
-    def taken(
-        self, theta: Theta, training: bool | None = None, buffers: dict[int, Tensor] | None = None
-    ) -> Iterator["View"]:
-        """Within, a view whose parameters are `theta`, a tensor by name; see `View.enter`."""
+    def run(
+        self,
+        call: Callable[[nn.Module], Any],
+        theta: Theta,
+        training: bool | None = None,
+        buffers: dict[int, Tensor] | None = None,
+    ) -> Any:
+        """`call(network)` with a network whose parameters are `theta`, a tensor by name; see `View.enter`.
+
+        Args:
+            call: runs it. Where it raises `Discarded`, nothing that forward has set is set in the network.
+            theta: see `View.enter`, as are `training` and `buffers`.
+            training: likewise.
+            buffers: likewise.
+        """
         view = self._entered(theta, training, buffers)
         try:
-            yield view
+            output = call(view.network)
+        except Discarded:
+            view.keeps = False
+            raise
         finally:
-            if view.leave():
+            is_free = view.leave()
+            if is_free:
                 self._free.append(view)
+        return output if is_free else view.following(output)
 
     def _entered(self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None) -> "View":
         while True:
@@ -97,10 +117,12 @@ class View:
         self._parts = [_Part(m, shells[id(m)], leads[m], names, self._static, whole) for m in live]
         self._varying = any(part.varying for part in self._parts)
         self._call: Replacing | None = None
+        self._cached: dict[Any, Any] | None = None
         self.network: nn.Module = shells.get(id(network), network)
         # Whoever keeps one of these after a call (a checkpoint, a generator) may run it with the weights of that call.
         self._watched: list[Any] = [shells[id(m)] for m in live if id(m) in drawn]
         self._watched += [vars(shell)["_modules"] for shell in self._watched]
+        self._watched += self._static.copies()
         del shells
         self._unheld = self._references()
 
@@ -129,6 +151,10 @@ class View:
             self._call = Replacing(self._shells | draws, self._static)
         for part in self._parts:
             part.put(theta, training, buffers, self._call)
+        self._cached = None
+        if parametrize._cache_enabled:  # it knows the modules of all copies by one identity
+            self._cached = dict(parametrize._cache)
+            parametrize._cache.clear()
 
     def leave(self) -> bool:
         """Take the weights out again, and set in the network what forward has set, if it `keeps`.
@@ -136,20 +162,12 @@ class View:
         Returns:
             Whether the view can serve again: nothing that the call left behind needs it as it is.
         """
-        back: Replacing | None = None
-        for part in self._parts:
-            if part.has_set():
-                if self.keeps:
-                    back = back or self._back()
-                    part.give_back(back)
-                part.forget()
-        for copies in (self._static, self._call):
-            if self.keeps and copies is not None and copies.written():
-                back = back or self._back()
-                copies.give_back(back)
-        self._call = None
-        back = None
-        self._forget_parametrizations()
+        self._give_back()
+        if self._cached is not None:
+            parametrize._cache.clear()
+            parametrize._cache.update(self._cached)
+        call, self._call = self._call, None
+        del call
         if self._references() != self._unheld:
             return False
         for part in self._parts:
@@ -162,12 +180,43 @@ class View:
             pairs |= {id(draw): live for draw, live in part.drawn()}
         return Replacing(pairs | self._static.reversed() | (self._call.reversed() if self._call else {}))
 
-    def _forget_parametrizations(self) -> None:
-        cache: dict[Any, Any] = parametrize._cache  # by a module's identity, and for longer than a call
-        if cache:
-            mine = {id(part.shell) for part in self._parts}
-            for key in [key for key in cache if key[0] in mine]:
-                del cache[key]
+    def _give_back(self) -> None:
+        back: Replacing | None = None
+        for part in self._parts:
+            if part.has_set():
+                if self.keeps:
+                    back = back or self._back()
+                    part.give_back(back)
+                part.forget()
+        for copies in (self._static, self._call):
+            if self.keeps and copies is not None and copies.written():
+                back = back or self._back()
+                copies.give_back(back)
+
+    def following(self, output: Any) -> Any:
+        """The output of a call that holds this view; what its generators set later is set in the network as well."""
+        if not any(isinstance(leaf, GeneratorType) for leaf in pytree.tree_leaves(output)):
+            return output
+        return pytree.tree_map(lambda leaf: self._steps(leaf) if isinstance(leaf, GeneratorType) else leaf, output)
+
+    def _steps(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        step: Callable[[Any], Any] = generator.send
+        given: Any = None
+        while True:
+            try:
+                value = step(given)
+            except StopIteration as end:
+                return end.value
+            finally:
+                self._give_back()
+            try:
+                step, given = generator.send, (yield value)
+            except GeneratorExit:
+                generator.close()
+                self._give_back()
+                raise
+            except BaseException as error:
+                step, given = generator.throw, error
 
 
 class _Part:
@@ -358,8 +407,7 @@ def _shell(module: nn.Module) -> nn.Module:
 
 def _state_of_a_copy(module: nn.Module) -> Mapping[str, Any]:
     """Attributes that a copy of this module is to have of its own, as a variational module has."""
-    state: Any = getattr(type(module), "state_of_a_copy", None)
-    return {} if state is None else state()
+    return module.state_of_a_copy() if hasattr(type(module), "state_of_a_copy") else {}  # type: ignore[operator]
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -109,8 +109,8 @@ def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Exam
         why = _refusal(use, estimator)
         if why:
             return Decision(why=why if not several else f"it has {len(uses)} uses, and {why}")
-        if examples[use.node] is None and estimator == "flipout":
-            return Decision(why=f"the rows of {_name(use.operation)} are no example's own")
+        if examples[use.node] is None and automatic and estimator == "flipout":
+            return Decision(why=f"the rows of {_name(use.operation)} depend on several examples")
     served = [(use, examples[use.node] or Examples()) for use in uses]
     if several:
         why = _inconsistent(served)
@@ -156,17 +156,17 @@ def _once(uses: list[Use], examples: Mapping[fx.Node, Examples | None]) -> bool:
     for use in uses:
         rule, known = find("local", use.operation), examples[use.node]
         arguments = arguments_of(rule, use) if rule else None
-        if rule is None or known is None or arguments is None:
-            return False
-        if not is_once(rule, _shapes(arguments), known):
+        if rule is None or arguments is None or not is_once(rule, _shapes(arguments), known):
             return False
     return True
 
 
-def is_once(rule: Rule, arguments: dict[str, Any], examples: Examples) -> bool:
-    """Whether each example uses every element once at most in one operation."""
+def is_once(rule: Rule, arguments: dict[str, Any], examples: Examples | None) -> bool:
+    """Whether each example uses every element once at most in one operation; None: its rows depend on several."""
     times = rule.uses(arguments)
-    return times is not None and times == (1 if examples.dim is None else examples.count)
+    return times == 1 or (
+        times is not None and examples is not None and examples.dim is not None and times == examples.count
+    )
 
 
 def _disjoint(uses: list[Use]) -> bool:

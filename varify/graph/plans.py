@@ -153,22 +153,16 @@ def run_planned(
     while True:
         before = plan.snapshot(views.network)
         theta, cells = plan.theta(posteriors, count)
-        failed: tuple[str, str] | None = None
-        with views.taken(theta) as view:
-            try:
-                output = call(view.network)
-            except Unforeseen as found:
-                failed, view.keeps = (found.name, found.why), False
-            finally:
-                for cell in cells:
-                    cell.over = True
-        for cell in cells:
-            if cell.late:
-                plan.correct(cell.name, cell.late)
-        if failed is None:
-            return output
-        plan.correct(*failed)
-        before.restore()
+        try:
+            return views.run(call, theta)
+        except Unforeseen as found:
+            plan.correct(found.name, found.why)
+            before.restore()
+        finally:
+            for cell in cells:
+                cell.over = True
+                if cell.late:
+                    plan.correct(cell.name, cell.late)
 
 
 class _Snapshot:

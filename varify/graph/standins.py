@@ -20,6 +20,7 @@ from varify.graph.recording import inside
 from varify.graph.views import PROPERTIES, Path, step, view, view_tensor
 from varify.moments import Examples, Moments
 from varify.posteriors import GaussianPosterior
+from varify.view import Discarded
 
 # What a tensor answers without its numbers.
 _ANSWERED = frozenset(
@@ -30,11 +31,8 @@ _ANSWERED = frozenset(
 )
 
 
-class Unforeseen(BaseException):
-    """A weight whose noise is drawn already is asked for in another way: the call is to be made again.
-
-    Not an `Exception`, for the network's own `except` is not meant by it.
-    """
+class Unforeseen(Discarded):
+    """A weight whose noise is drawn already is asked for in another way: the call is to be made again."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"{name}: {why}")
