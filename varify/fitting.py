@@ -1,6 +1,5 @@
 """Posteriors and priors from data or from the means alone, without gradient descent."""
 
-import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -171,14 +170,22 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
     if not matched:
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
-    fitted = {}
+    fitted, new = {}, {}
     for name in matched:
         q = posteriors[name].free()
         prior = q.prior
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
-    for name, std in fitted.items():
-        prior = posteriors[name].prior
-        assert isinstance(prior, Gaussian)
-        vnet.set_prior(Gaussian(prior.mean, std), where=glob.escape(name))
+        new[name] = _with_std(name, posteriors[name], fitted[name])
+    for name, prior in new.items():  # not by set_prior, which looks through all names at every call
+        vnet.prior.put_leaf(name, prior)
     return fitted
+
+
+def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:
+    """The Gaussian prior of `q` with another std."""
+    assert isinstance(q.prior, Gaussian)
+    try:
+        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan_in matters without a std alone
+    except PriorError as error:
+        raise PriorError(f"{name}: {error}") from None
