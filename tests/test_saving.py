@@ -239,3 +239,59 @@ def test_extra_state_that_json_would_change_is_refused(extra: Any, tmp_path: Pat
     with pytest.raises(TypeError, match=r"module\._extra_state is a dict"):
         varify.save(varify.variationalize(Odd(2, 2)), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+class Buffered(nn.Linear):
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("table", buffer)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [
+        (torch.eye(3).to_sparse(), r"module\.table can't .* of layout torch\.sparse_coo; make it dense .* to_dense"),
+        (torch.zeros(3, dtype=torch.complex128), r"module\.table can't .* of type torch\.complex128; .*view_as_real"),
+        (torch.zeros(3, device="meta"), r"module\.table can't .* on the meta device"),
+    ],
+    ids=["sparse", "complex128", "meta"],
+)
+def test_tensors_that_such_files_cannot_hold_are_refused_by_name(buffer: Tensor, told: str, tmp_path: Path) -> None:
+    vnet = varify.variationalize(Buffered(buffer))
+    with pytest.raises(TypeError, match=f"{told}.*torch\\.save"):
+        varify.save(vnet, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, torch.int16, torch.bool, torch.float8_e4m3fn])
+def test_all_types_of_buffers_that_such_files_hold(dtype: torch.dtype, tmp_path: Path) -> None:
+    vnet = varify.variationalize(Buffered(torch.tensor([0.0, 1.0, 2.0]).to(dtype)))
+    varify.save(vnet, tmp_path / "a")
+    found = varify.load(tmp_path / "a", Buffered(torch.zeros(3).to(dtype))).module.table
+    assert found.dtype == dtype
+    assert found.to(torch.complex64).tolist() == vnet.module.table.to(torch.complex64).tolist()
+
+
+class Unregistered(varify.priors.Prior):
+    def log_prob(self, w: Tensor) -> Tensor:
+        return -w.abs().sum()
+
+
+class Narrower(varify.priors.Gaussian):  # which has the name of its parent
+    def log_prob(self, w: Tensor) -> Tensor:
+        return 2 * super().log_prob(w)
+
+    def for_parameter(self, w: Tensor, fan_in: int) -> "Narrower":
+        return Narrower(std=0.1)
+
+
+@pytest.mark.parametrize("prior", [Unregistered(), Narrower()], ids=["no name", "its parent's name"])
+def test_a_prior_that_could_not_be_loaded_is_not_written(prior: Any, tmp_path: Path) -> None:
+    own = type(prior).__name__
+    told = rf'prior\.out\.weight is a {own}, which is not registered.*@varify\.priors\.register\("{own.lower()}"\)'
+    with pytest.raises(varify.PriorError, match=told):
+        varify.save(variational(prior={"out.weight": prior}), tmp_path / "a")
+    inner = varify.variationalize(nn.Linear(3, 2), prior=prior)
+    with pytest.raises(varify.PriorError, match=rf"module\.1\.prior\.weight is a {own}"):
+        varify.save(varify.variationalize(nn.Sequential(nn.Linear(3, 3), inner)), tmp_path / "a")
+    assert not list(tmp_path.iterdir())

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from varify.errors import StructureError, listed
+from varify.errors import PriorError, StructureError, listed
 from varify.module import VariationalModule
+from varify.priors import KINDS, Prior
 from varify.selection import check_model, sites
 from varify.sharding import refuse_sharded
 from varify.variationalize import variationalize
@@ -30,13 +32,15 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: the folder is not there.
-        TypeError: vnet is not variational, or a module's extra state is no tensor and no plain value, which can't be
-            written down.
+        TypeError: vnet is not variational; or what can't be written down: a module's extra state that is no tensor and
+            no plain value, a tensor that is sparse or of a type that such files don't know.
+        PriorError: a prior is not registered, so that `load` could not make it again.
     """
     vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
     if not isinstance(vnet, VariationalModule):
         raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
     refuse_sharded(vnet, "varify.save")
+    _check_priors(vnet)
     state = vnet.state_dict()
     tensors, plain, same = _parted(state)
     settings = {
@@ -131,6 +135,7 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
         if not isinstance(value, Tensor):
             plain[name] = _checked(name, value)
             continue
+        _check_tensor(name, value)
         place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if value.numel() and place in seen:
             same[name] = seen[place]
@@ -138,6 +143,43 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
         seen[place] = name
         tensors[name] = value.detach().clone().contiguous()  # a clone: two may be views of one storage
     return tensors, plain, same
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that a safetensors file can't hold."""
+    if tensor.is_meta:
+        why = "on the meta device, without values; load or make them first"
+    elif tensor.layout is not torch.strided:
+        why = f"of layout {tensor.layout}; make it dense in the network, by to_dense()"
+    elif not _has_a_word_for(tensor.dtype):
+        why = f"of type {tensor.dtype}; keep it as another in the network, such as by torch.view_as_real"
+    else:
+        return
+    raise TypeError(
+        f"{name} can't be written to a safetensors file: it is {why}, or write torch.save(vnet.state_dict(), ...)"
+    )
+
+
+def _has_a_word_for(dtype: torch.dtype) -> bool:
+    try:
+        _library().torch.save({"none": torch.empty(0, dtype=dtype)})
+    except (KeyError, RuntimeError):  # the latter of types that torch can't make like this
+        return False
+    return True
+
+
+def _check_priors(vnet: VariationalModule) -> None:
+    """Refuse priors that could not be made again by their name."""
+    for path, module in vnet.named_modules():
+        if not isinstance(module, Prior):
+            continue
+        known = KINDS.get(module.kind)
+        if known is None or known.__qualname__ != type(module).__qualname__:
+            own = type(module).__name__
+            raise PriorError(
+                f"{path} is a {own}, which is not registered, so varify.load could not make it again: decorate the "
+                f'class with @varify.priors.register("{own.lower()}")'
+            )
 
 
 def _checked(name: str, value: Any) -> Any:
