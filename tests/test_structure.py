@@ -29,7 +29,7 @@ ORDER = [
         "selection",
         "programs",
     ),
-    *("module", "variationalize", "objective", "fitting", "saving", "pruning", "description"),
+    *("module", "variationalize", "arguments", "objective", "batches", "fitting", "saving", "pruning", "description"),
 ]
 TENSORS_ALONE = (
     "errors",
