@@ -8,7 +8,8 @@ import varify
 PACKAGE = Path(varify.__file__).parent
 # From the bottom up. A file may import what stands before it.
 ORDER = [
-    *("errors", "divergence", "posteriors", "priors", "factorised", "inits", "estimators", "likelihoods", "schedules"),
+    *("errors", "divergence", "posteriors", "priors", "factorised", "inits", "estimators", "checkpoints"),
+    *("likelihoods", "schedules"),
     *(
         "trees",
         "prediction",

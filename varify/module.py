@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
+from varify.checkpoints import restored
 from varify.copies import copy_network, weightless_copy
 from varify.draws import many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
@@ -418,24 +419,14 @@ class VariationalModule(nn.Module):
         return {"priors": told, "estimators": dict(self._estimators), "fixed": masked}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the priors of a checkpoint. Names that are not here are left to torch's report of keys."""
-        made = {}
-        for name, told in state["priors"].items():
-            settings = {key: value for key, value in told.items() if key != "kind"}
-            if told["kind"] not in priors.KINDS:
-                raise PriorError(
-                    f"the checkpoint has a prior of kind {told['kind']!r} for {name}; import the module that registers "
-                    f"it before loading (known: {listed(priors.KINDS, 99)})"
-                )
-            if name in self._chosen:
-                made[name] = priors.KINDS[told["kind"]].from_settings(settings).to(self.rho.leaf_at(name).device)
-        for name, prior in made.items():
+        """Take the priors of a checkpoint, all or none. Names that are not here are left to torch's report of keys."""
+        told = restored(state, {name: self.rho.leaf_at(name) for name in self._chosen})
+        for name, prior in told.priors.items():
             self.prior.put_leaf(name, prior)
-        self._estimators.update({n: e for n, e in state["estimators"].items() if n in self._estimators})
+        self._estimators.update(told.estimators)
         self.fixed = Tree()
-        for name in state["fixed"]:
-            if name in self._chosen:
-                self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
+        for name in told.fixed:
+            self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
         self._programs = None
 
     def fix(self, name: str, mask: Tensor) -> None:
