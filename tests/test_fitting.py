@@ -133,6 +133,30 @@ def test_fit_prior_minimises_the_divergence() -> None:
         varify.fit_prior(vnet, where="3.bias")
 
 
+def test_fitted_priors_keep_their_means_and_equal_those_that_set_prior_gives() -> None:
+    torch.manual_seed(0)
+    means = torch.randn(6, 4)
+    vnet = varify.variationalize(classifier(), prior={"0.weight": varify.priors.Gaussian(means, 0.5)})
+    other = copy.deepcopy(vnet)
+    for name, std in varify.fit_prior(vnet).items():
+        q = other.posteriors[name]
+        by_hand = (q.mu - q.prior.mean).pow(2).mean() + torch.log1p(q.rho.exp()).pow(2).mean()
+        assert std == pytest.approx(by_hand.sqrt().item(), rel=1e-5)
+        other.set_prior(varify.priors.Gaussian(q.prior.mean, std), where=name)
+    assert torch.equal(vnet.posteriors["0.weight"].prior.mean, means)
+    assert str(vnet.summary()) == str(other.summary())
+
+
+def test_fit_prior_looks_through_the_names_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vnet = varify.variationalize(nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)]))
+    seen = []
+    real = varify.fitting.matching
+    for module in (varify.fitting, varify.module):
+        monkeypatch.setattr(module, "matching", lambda names, where: seen.append(where) or real(names, where))
+    assert len(varify.fit_prior(vnet)) == 40
+    assert seen == ["*"]
+
+
 # --- weights that are fixed
 
 

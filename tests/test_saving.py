@@ -239,3 +239,298 @@ def test_extra_state_that_json_would_change_is_refused(extra: Any, tmp_path: Pat
     with pytest.raises(TypeError, match=r"module\._extra_state is a dict"):
         varify.save(varify.variationalize(Odd(2, 2)), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+class Buffered(nn.Linear):
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("table", buffer)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "told"),
+    [
+        (torch.eye(3).to_sparse(), r"module\.table can't .* of layout torch\.sparse_coo; make it dense .* to_dense"),
+        (torch.zeros(3, dtype=torch.complex128), r"module\.table can't .* of type torch\.complex128; .*view_as_real"),
+        (torch.zeros(3, device="meta"), r"module\.table can't .* on the meta device"),
+    ],
+    ids=["sparse", "complex128", "meta"],
+)
+def test_tensors_that_such_files_cannot_hold_are_refused_by_name(buffer: Tensor, told: str, tmp_path: Path) -> None:
+    vnet = varify.variationalize(Buffered(buffer))
+    with pytest.raises(TypeError, match=f"{told}.*torch\\.save"):
+        varify.save(vnet, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, torch.int16, torch.bool, torch.float8_e4m3fn])
+def test_all_types_of_buffers_that_such_files_hold(dtype: torch.dtype, tmp_path: Path) -> None:
+    vnet = varify.variationalize(Buffered(torch.tensor([0.0, 1.0, 2.0]).to(dtype)))
+    varify.save(vnet, tmp_path / "a")
+    found = varify.load(tmp_path / "a", Buffered(torch.zeros(3).to(dtype))).module.table
+    assert found.dtype == dtype
+    assert found.to(torch.complex64).tolist() == vnet.module.table.to(torch.complex64).tolist()
+
+
+class Unregistered(varify.priors.Prior):
+    def log_prob(self, w: Tensor) -> Tensor:
+        return -w.abs().sum()
+
+
+class Narrower(varify.priors.Gaussian):  # which has the name of its parent
+    def log_prob(self, w: Tensor) -> Tensor:
+        return 2 * super().log_prob(w)
+
+    def for_parameter(self, w: Tensor, fan_in: int) -> "Narrower":
+        return Narrower(std=0.1)
+
+
+@pytest.mark.parametrize("prior", [Unregistered(), Narrower()], ids=["no name", "its parent's name"])
+def test_a_prior_that_could_not_be_loaded_is_not_written(prior: Any, tmp_path: Path) -> None:
+    own = type(prior).__name__
+    told = rf'the prior of out\.weight, a {own}, is not registered.*@varify\.priors\.register\("{own.lower()}"\)'
+    with pytest.raises(varify.PriorError, match=told):
+        varify.save(variational(prior={"out.weight": prior}), tmp_path / "a")
+    inner = varify.variationalize(nn.Linear(3, 2), prior=prior)
+    with pytest.raises(varify.PriorError, match=rf"the prior of module\.1\.weight, a {own}"):
+        varify.save(varify.variationalize(nn.Sequential(nn.Linear(3, 3), inner)), tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+# --- files that somebody else wrote, or that are damaged
+
+
+def rewritten(path: Path, change: Any, vnet: varify.VariationalModule | None = None) -> None:
+    """A file of a network with its settings changed: by a function, or to a text."""
+    varify.save(vnet or varify.variationalize(nn.Linear(3, 2)), path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if isinstance(change, str):
+        metadata["settings"] = change
+    else:
+        settings = json.loads(metadata["settings"])
+        change(settings)
+        metadata["settings"] = json.dumps(settings)
+    save_file(tensors, path, metadata)
+
+
+def state_with(prior: Any) -> dict[str, Any]:
+    state = varify.variationalize(nn.Linear(3, 2)).state_dict()
+    state["_extra_state"]["priors"]["weight"] = prior
+    return dict(state)
+
+
+GAUSSIAN = {"kind": "gaussian", "mean": 0.0, "std": 1.0, "bias_std": None, "centered": False}
+MIXTGAUSS = {"kind": "mixtgauss", "sigma_1": 1.0, "sigma_2": 0.1, "pi": 0.5, "n_mc_samples": 1}
+HUGE = [10**6, 10**6]
+MIXTURE = {
+    "class": "MixtureSameFamily",
+    "mixture_distribution": {"class": "Categorical", "probs": [2]},
+    "component_distribution": {"class": "Normal", "loc": [2], "scale": [2]},
+}
+
+
+def described(description: Any, n_mc_samples: Any = 1) -> dict[str, Any]:
+    return {"kind": "distribution", "distribution": description, "n_mc_samples": n_mc_samples}
+
+
+ODD_PRIORS = {
+    "no dict": (3, r"prior of weight is 3, not settings with a kind"),
+    "a list": ([1, 2], r"prior of weight is \[1, 2\], not settings"),
+    "no kind": ({"mean": 0.0}, "prior of weight is .*, not settings with a kind"),
+    "an odd kind": ({"kind": ["gaussian"]}, "prior of weight is .*, not settings with a kind"),
+    "unknown kind": ({"kind": "nose"}, "of kind 'nose' for weight; import the module"),
+    "missing": ({"kind": "mixtgauss", "sigma_1": 1.0}, "'mixtgauss' of weight: missing a required argument: 'sigma_2'"),
+    "unknown": ({**GAUSSIAN, "nose": 1}, "'gaussian' of weight: got an unexpected keyword argument 'nose'"),
+    "huge": ({**GAUSSIAN, "mean": HUGE}, r"of weight: mean has shape \(1000000, 1000000\); the parameter has \(2, 3\)"),
+    "larger": ({**GAUSSIAN, "std": [5, 2, 3]}, r"of weight: std has shape \(5, 2, 3\); the parameter has \(2, 3\)"),
+    "no shape": ({**GAUSSIAN, "std": [2, -3]}, r"of weight: std=\[2, -3\]: the shape of a tensor is needed"),
+    "half a row": ({**GAUSSIAN, "std": [1.5]}, r"of weight: std=\[1\.5\]: the shape of a tensor"),
+    "text": ({**GAUSSIAN, "std": "1.0"}, "of weight: std='1.0': a number or a tensor is needed"),
+    "negative": ({**GAUSSIAN, "std": -1.0}, "of weight: std=-1.0: it must be greater than 0"),
+    "too large a number": ({**GAUSSIAN, "mean": 10**400}, "'gaussian' of weight: "),
+    "many draws": ({**MIXTGAUSS, "n_mc_samples": 10**12}, "of weight: n_mc_samples=10{12}: .* at most 100,000"),
+    "no draws": ({**MIXTGAUSS, "n_mc_samples": "3"}, "of weight: n_mc_samples='3'"),
+    "no description": (described(None), "of weight: distribution=None: a class of torch.distributions"),
+    "a function": (described({"class": "kl_divergence"}), "of weight: distribution=.* a class of torch.distributions"),
+    "builtins": (described({"class": "__builtins__"}), "of weight: distribution=.* a class of torch.distributions"),
+    "an unknown argument": (
+        described({"class": "Normal", "loc": [], "scale": [], "nose": []}),
+        "of weight: distribution, of class Normal: got an unexpected keyword argument 'nose'",
+    ),
+    "a huge distribution": (
+        described({"class": "Normal", "loc": [], "scale": HUGE}),
+        r"of weight: the distribution has batch shape \(1000000, 1000000\); the parameter has \(2, 3\)",
+    ),
+    "shapes that don't fit": (
+        described({"class": "Normal", "loc": [2, 3], "scale": [3, 2]}),
+        r"of weight: distribution: the shapes loc \(2, 3\), scale \(3, 2\) don't fit together",
+    ),
+    "of vectors": (described({"class": "Dirichlet", "concentration": [3]}), "Dirichlet is of vectors"),
+    "a mixture of nothing": (
+        described({**MIXTURE, "component_distribution": [2]}),
+        "'distribution' of weight: The Component distribution needs to be an instance",
+    ),
+    "a mixture within": (
+        described({**MIXTURE, "component_distribution": {"class": "Normal", "loc": HUGE, "scale": []}}),
+        r"of weight: the distribution has batch shape \(1000000,\)",
+    ),
+    "without the draws": ({"kind": "distribution", "distribution": MIXTURE}, "of weight: it has the settings distrib"),
+}
+
+
+@pytest.mark.parametrize(("prior", "told"), ODD_PRIORS.values(), ids=ODD_PRIORS.keys())
+def test_odd_priors_in_files_are_refused_by_name(
+    prior: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vnet = varify.variationalize(nn.Linear(3, 2), init=varify.inits.Normal())
+    expected = copy.deepcopy(vnet)
+    state = state_with(prior)
+    rewritten(tmp_path / "a", lambda settings: settings["extra"].update(_extra_state=state["_extra_state"]))
+    for name in ("full", "ones", "empty"):  # what could allocate
+        monkeypatch.setattr(torch, name, limited(getattr(torch, name)))
+    for load in (lambda: vnet.load_state_dict(state), lambda: vnet.load_state_dict(state, strict=False)):
+        with pytest.raises(varify.PriorError, match=told):
+            load()
+        assert_same(vnet, expected)
+    with pytest.raises(varify.PriorError, match=told):
+        varify.load(tmp_path / "a", nn.Linear(3, 2))
+
+
+def limited(make: Any) -> Any:
+    def made(*shape: Any, **options: Any) -> Tensor:
+        tensor: Tensor = make(*shape, **options)
+        assert tensor.is_meta or tensor.numel() < 1000, "allocated before it was checked"
+        return tensor
+
+    return made
+
+
+def test_a_mixture_of_more_components_than_the_file_has_takes_no_memory(tmp_path: Path) -> None:
+    """Its tensors have a dimension of their own, so the parameter's shape doesn't bound them: the state does."""
+    many = 10**12
+    description = {
+        **MIXTURE,
+        "mixture_distribution": {"class": "Categorical", "probs": [many]},
+        "component_distribution": {"class": "Normal", "loc": [many], "scale": [many]},
+    }
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    expected = copy.deepcopy(vnet)
+    state = state_with(described(description))
+    with pytest.raises(RuntimeError, match=r"prior\.weight\.component_distribution_loc"):
+        vnet.load_state_dict(state)
+    for name in ("mixture_distribution_probs", "component_distribution_loc", "component_distribution_scale"):
+        state[f"prior.weight.{name}"] = torch.full((2,), 0.5)
+    with pytest.raises(RuntimeError, match=r"size mismatch for prior\.weight"):
+        vnet.load_state_dict(state)
+    assert_same(vnet, expected)
+    rewritten(tmp_path / "a", lambda s: s["extra"].update(_extra_state=state["_extra_state"]))
+    with pytest.raises(varify.StructureError, match=r"prior\.weight\.component_distribution_loc"):
+        varify.load(tmp_path / "a", nn.Linear(3, 2))
+
+
+TENSOR_PRIORS = {
+    "gaussian": lambda: varify.priors.Gaussian(torch.randn(2, 3), torch.rand(2, 3) + 0.1),
+    "a row": lambda: varify.priors.Gaussian(std=torch.rand(3) + 0.1),
+    "double": lambda: varify.priors.Gaussian(std=torch.rand(2, 3, dtype=torch.float64) + 0.1),
+    "mixtgauss": lambda: varify.priors.ScaleMixture(1.0, 0.1, torch.rand(2, 3)),
+    "laplace": lambda: torch.distributions.Laplace(0.0, torch.rand(2, 1, dtype=torch.float64) + 0.1),
+    "student": lambda: torch.distributions.StudentT(torch.rand(3) + 3, 0.0, 0.5),
+    "mixture": lambda: torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.rand(2, 3, 4)),
+        torch.distributions.Normal(torch.randn(2, 3, 4), torch.rand(2, 3, 4) + 0.1),
+    ),
+    "one mixture for all": lambda: torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.rand(4)), torch.distributions.Normal(torch.randn(4), torch.rand(4) + 0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", TENSOR_PRIORS.values(), ids=TENSOR_PRIORS.keys())
+def test_priors_of_tensors_keep_every_digit(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vnet = varify.variationalize(nn.Linear(3, 2, bias=False), prior=make())
+    varify.save(vnet, tmp_path / "a")
+    loaded = varify.load(tmp_path / "a", nn.Linear(3, 2, bias=False))
+    assert_same(loaded, vnet)
+    for (name, found), (_, expected) in zip(loaded.named_buffers(), vnet.named_buffers(), strict=True):
+        assert found.dtype == expected.dtype, name
+        found.add_(0)  # its own memory
+    other = varify.variationalize(nn.Linear(3, 2, bias=False))
+    other.load_state_dict(vnet.state_dict())
+    assert_same(other, vnet)
+
+
+def without(name: str) -> Any:
+    return lambda settings: settings.pop(name)
+
+
+def with_(**values: Any) -> Any:
+    return lambda settings: settings.update(values)
+
+
+def extra(**values: Any) -> Any:
+    return lambda settings: settings["extra"]["_extra_state"].update(values)
+
+
+ODD_SETTINGS = {
+    "no json": ("{", r"its settings can't be read \(JSONDecodeError"),
+    "deep json": ("[" * 100_000, r"its settings can't be read \(RecursionError"),
+    "a list": ("[]", "its settings are a list"),
+    "no parameters": (without("parameters"), "its setting 'parameters' is 'None', no list"),
+    "parameters of numbers": (with_(parameters=[1]), "its setting 'parameters' has '1', no str"),
+    "unknown parameters": (with_(parameters=["weight", "nose"]), "'parameters' has nose without a tensor"),
+    "an empty list": (with_(parameters=[]), "'parameters' has none"),
+    "versions": (with_(versions={"module": {"version": "two"}}), "'versions' has .* for 'module'"),
+    "strict": (with_(strict="yes"), "its setting 'strict' is 'yes', no bool"),
+    "same": (with_(same={"module.bias": "nose"}), "'same' and 'extra' have module.bias"),
+    "extra": (lambda s: s["extra"].update({"rho.weight": 3}), "'same' and 'extra' have rho.weight"),
+    "requires_grad": (with_(requires_grad={"module.weight": "no"}), "'requires_grad' has 'no', no bool"),
+    "no priors": (extra(priors=[]), "extra state has no dict of priors"),
+    "no estimators": (extra(estimators=None), "extra state has no dict of estimators"),
+    "no masks": (extra(fixed="weight"), "extra state has no list of fixed"),
+}
+
+
+@pytest.mark.parametrize(("change", "told"), ODD_SETTINGS.values(), ids=ODD_SETTINGS.keys())
+def test_odd_settings_in_files_are_refused_by_name(change: Any, told: str, tmp_path: Path) -> None:
+    rewritten(tmp_path / "a", change)
+    with pytest.raises(varify.StructureError, match=told):
+        varify.load(tmp_path / "a", nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("estimator", ["nose", 3, None, ["local"]])
+def test_unknown_estimators_in_files_are_refused_by_name(estimator: Any, tmp_path: Path) -> None:
+    rewritten(tmp_path / "a", extra(estimators={"weight": estimator, "bias": "local"}))
+    with pytest.raises(varify.EstimatorError, match=r"estimator of weight: estimator=.*: one of .* is needed"):
+        varify.load(tmp_path / "a", nn.Linear(3, 2))
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    expected = copy.deepcopy(vnet)
+    state = vnet.state_dict()
+    state["_extra_state"]["estimators"] = {"bias": "local", "weight": estimator}
+    with pytest.raises(varify.EstimatorError, match="estimator of weight"):
+        vnet.load_state_dict(state)
+    with pytest.raises(varify.EstimatorError, match="estimator of weight"):
+        vnet.set_extra_state(state["_extra_state"])
+    assert_same(vnet, expected)
+
+
+def test_a_prior_whose_tensors_fit_no_parameter_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PerRow(varify.priors.Prior):
+        def __init__(self, scale: Tensor) -> None:
+            super().__init__()
+            self.keep_positive(scale=scale)
+
+        def for_parameter(self, w: Tensor, fan_in: int) -> "PerRow":
+            return copy.deepcopy(self)
+
+        def log_prob(self, w: Tensor) -> Tensor:
+            return torch.distributions.Normal(0.0, self.scale.unsqueeze(1)).log_prob(w).sum()
+
+    monkeypatch.setattr(varify.priors, "KINDS", dict(varify.priors.KINDS))
+    varify.priors.register("per row")(PerRow)
+    vnet = varify.variationalize(nn.Linear(3, 2), prior={"weight": PerRow(torch.ones(2))})
+    monkeypatch.setattr(varify.saving, "KINDS", varify.priors.KINDS)
+    told = r"the prior of weight, a PerRow, could not be loaded: scale has shape \(2,\); .* a from_settings of its own"
+    with pytest.raises(varify.PriorError, match=told):
+        varify.save(vnet, tmp_path / "a")

@@ -8,7 +8,8 @@ import varify
 PACKAGE = Path(varify.__file__).parent
 # From the bottom up. A file may import what stands before it.
 ORDER = [
-    *("errors", "divergence", "posteriors", "priors", "factorised", "inits", "estimators", "likelihoods", "schedules"),
+    *("errors", "divergence", "posteriors", "priors", "factorised", "inits", "estimators", "checkpoints"),
+    *("likelihoods", "schedules"),
     *(
         "trees",
         "prediction",
@@ -30,7 +31,7 @@ ORDER = [
         "selection",
         "programs",
     ),
-    *("module", "variationalize", "objective", "fitting", "saving", "pruning", "description"),
+    *("module", "variationalize", "arguments", "objective", "batches", "fitting", "saving", "pruning", "description"),
 ]
 TENSORS_ALONE = (
     "errors",

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from varify.arguments import unpack
+from varify.batches import Splitter
 from varify.module import VariationalModule
-from varify.objective import Criterion, batch_size, scalar, unpack
+from varify.objective import Criterion, scalar
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,34 @@ class DescriptionLength:
 
 @torch.no_grad()
 def description_length(
-    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, *, n_samples: int = 16
+    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, *, n_samples: int = 16, batched: Any = None
 ) -> DescriptionLength:
     """The code length of weights and data.
 
     Args:
         vnet: in eval mode meanwhile.
-        loader: of (inputs, targets), inputs as for `ELBO`: each datum once.
-        criterion: `(output, targets)` to the mean negative log likelihood of a batch, nats.
+        loader: of (inputs, targets), inputs as for `ELBO`: each datum once. A batch has as many data as its inputs
+            have entries in their first dimension.
+        criterion: `(output, targets)` to the negative log likelihood of a datum, mean over the batch, nats. Where a
+            datum has several labels, such as tokens, it must sum over these, or they count as one.
         n_samples: draws of the weights that the expectation over the posterior is estimated with.
+        batched: as for `fit_sigma`; asked for where inputs differ in length, and running the network can't tell which
+            have an entry for each datum.
 
     Raises:
-        ValueError: an empty loader, n_samples < 1, a criterion without a scalar.
+        ValueError: an empty loader, n_samples < 1, a criterion without a scalar, a number of data that can't be told.
     """
     if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
         raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
     nats, num_data = 0.0, 0
-    with vnet.in_eval(), vnet.sampling():
-        for inputs, targets in loader:
-            args, kwargs = unpack(inputs)
-            size = batch_size(targets, args, kwargs) or 1
-            losses = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(n_samples)]
-            nats += size * float(torch.stack(losses).mean())
-            num_data += size
+    splitter = Splitter(vnet, loader, criterion, batched)
+    for inputs, targets in loader:
+        args, kwargs = unpack(inputs, vnet)
+        size = splitter.size(inputs, targets)
+        outputs = vnet.outputs_of_draws(args, kwargs, n_samples, vectorize=False).outputs
+        losses = [scalar(criterion(output, targets)) for output in outputs]
+        nats += size * float(torch.stack(losses).mean())
+        num_data += size
     if not num_data:
         raise ValueError("the loader is empty: there are no data to describe")
     weights = {name: float(kl) / math.log(2) for name, kl in vnet.kl_divergence().items()}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, distributions
 
 from varify.divergence import estimated_kl, register_kl
-from varify.errors import PriorError
+from varify.errors import PriorError, listed
 from varify.posteriors import GaussianPosterior
-from varify.priors import Prior, broadcasts, register
+from varify.priors import Prior, broadcasts, checked_shape, register, room
 
 
 @register("distribution")
@@ -53,6 +53,17 @@ class Factorised(Prior):
 
     def settings(self) -> dict[str, Any]:  # noqa: D102
         return {"distribution": self.description, "n_mc_samples": self.n_mc_samples}
+
+    @classmethod
+    def check_settings(cls, settings: dict[str, Any], shape: torch.Size) -> None:  # noqa: D102
+        if set(settings) != {"distribution", "n_mc_samples"}:
+            raise PriorError(f"it has the settings {listed(settings)}, not distribution and n_mc_samples")
+        description = settings["distribution"]
+        batch_shape = _described_shape("distribution", description)
+        if _small(description).event_shape:
+            raise PriorError(f"{description['class']} is of vectors; a distribution of single weights is needed")
+        if not broadcasts(batch_shape, shape):
+            raise PriorError(f"the distribution has batch shape {tuple(batch_shape)}; the parameter has {tuple(shape)}")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Prior":  # noqa: D102
@@ -103,7 +114,7 @@ class Factorised(Prior):
             if isinstance(value, dict):
                 self._make_room(value, f"{prefix}{argument}_")
             elif isinstance(value, list):
-                self.register_buffer(prefix + argument, torch.ones(value))
+                self.register_buffer(prefix + argument, room(value))
 
     def _build(self, description: dict[str, Any], prefix: str) -> distributions.Distribution:
         arguments = {
@@ -113,6 +124,56 @@ class Factorised(Prior):
         }
         built: distributions.Distribution = getattr(distributions, description["class"])(**arguments)
         return built
+
+
+def _described_shape(name: str, description: Any) -> torch.Size:
+    """The batch shape of the distribution that a checkpoint describes; makes no tensor.
+
+    Raises:
+        PriorError: it describes none.
+    """
+    told = description.get("class") if isinstance(description, dict) else None
+    kind = getattr(distributions, told, None) if isinstance(told, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, distributions.Distribution):
+        raise PriorError(f"{name}={str(description)[:99]}: a class of torch.distributions and its arguments are needed")
+    arguments = {argument: value for argument, value in description.items() if argument != "class"}
+    try:
+        inspect.signature(kind).bind(**arguments)
+    except TypeError as error:
+        raise PriorError(f"{name}, of class {told}: {error}") from None
+    shapes = {}
+    for argument, value in arguments.items():
+        full = f"{name}.{argument}"
+        if isinstance(value, dict):
+            shapes[argument] = _described_shape(full, value)
+        else:
+            whole = checked_shape(full, value)
+            shapes[argument] = whole[: len(whole) - _event_dim(kind, argument)]
+    if kind is distributions.MixtureSameFamily:  # its components have a dimension of the mixture's own
+        shapes["component_distribution"] = shapes["component_distribution"][:-1]
+    try:
+        shape: torch.Size = torch.broadcast_shapes(*shapes.values())
+        return shape
+    except RuntimeError:
+        told = ", ".join(f"{argument} {tuple(shape)}" for argument, shape in shapes.items())
+        raise PriorError(f"{name}: the shapes {told} don't fit together") from None
+
+
+def _small(description: dict[str, Any]) -> distributions.Distribution:
+    """What a checkpoint describes, with every dimension 1."""
+    arguments = {
+        name: _small(value) if isinstance(value, dict) else torch.full([1] * len(value), 0.5)
+        for name, value in description.items()
+        if name != "class"
+    }
+    built: distributions.Distribution = getattr(distributions, description["class"])(**arguments, validate_args=False)
+    return built
+
+
+def _event_dim(kind: type[distributions.Distribution], argument: str) -> int:
+    """How many dimensions of an argument are not those of the batch: 1 of a categorical's probabilities."""
+    constraint = kind.arg_constraints.get(argument) if isinstance(kind.arg_constraints, dict) else None
+    return 0 if constraint is None else constraint.event_dim
 
 
 class _Picked(Prior):

@@ -1,18 +1,17 @@
 """Posteriors and priors from data or from the means alone, without gradient descent."""
 
-import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp
-from torch.utils import _pytree as pytree
 
+from varify.batches import Batch, Splitter
 from varify.draws import vectorized
 from varify.errors import PriorError
 from varify.module import VariationalModule
-from varify.objective import Criterion, batch_size, scalar, unpack
+from varify.objective import Criterion, scalar
 from varify.posteriors import GaussianPosterior, softplus_inverse
 from varify.priors import Gaussian
 from varify.selection import matching
@@ -32,6 +31,7 @@ def fit_sigma(
     num_data: int,
     curvature: str = "fisher",
     temperature: float = 1.0,
+    batched: Any = None,
 ) -> None:
     r"""Set each sigma from the curvature of the loss at the means: a checkpoint becomes a Bayesian network untrained.
 
@@ -48,9 +48,14 @@ def fit_sigma(
         curvature: "fisher" takes one backward pass per datum; "ggn" one per output, and needs a network with one
             output tensor and a criterion that is convex in it.
         temperature: multiplies all variances; below 1 the posterior is colder.
+        batched: which tensors have an entry for each datum in their first dimension: booleans in the structure of
+            (inputs, targets), one for a whole part if it is alike, such as `((True, False), True)` for
+            `((x, mask), y)`. Found out by default, by running the network on single data. Flattened targets have
+            several entries for each datum, one after another.
 
     Raises:
-        ValueError: an empty loader, a batch larger than num_data, a criterion without a scalar, an unknown curvature.
+        ValueError: an empty loader, more data than num_data, a criterion without a scalar, an unknown curvature; or it
+            can't be told which tensors are of single data.
         PriorError: a prior has no variance.
     """
     if curvature not in CURVATURES:
@@ -59,7 +64,8 @@ def fit_sigma(
         raise ValueError(f"temperature={temperature}: a number greater than 0 is needed")
     posteriors = dict(vnet.posteriors)
     prior_var = {name: _prior_std(name, q).square() for name, q in posteriors.items()}
-    squares, seen = _curvature(vnet, loader, criterion, num_data, curvature)
+    splitter = Splitter(vnet, loader, criterion, batched)
+    squares, seen = _curvature(vnet, loader, criterion, num_data, curvature, splitter)
     with torch.no_grad():
         for name, q in posteriors.items():
             precision = num_data / seen * squares[name].to(q.rho.dtype) + 1 / prior_var[name]
@@ -74,7 +80,12 @@ def _prior_std(name: str, q: GaussianPosterior) -> Tensor:
 
 
 def _curvature(
-    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, num_data: int, curvature: str
+    vnet: VariationalModule,
+    loader: Iterable[Any],
+    criterion: Criterion,
+    num_data: int,
+    curvature: str,
+    splitter: Splitter,
 ) -> tuple[Squares, int]:
     """Sum over the data of the squares, by parameter, and how many data there were."""
     # not mu itself, which momentum may have moved where a weight is pruned
@@ -82,42 +93,40 @@ def _curvature(
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
     seen = 0
     for inputs, targets in loader:
-        size = batch_size(targets)
-        if size is None:
-            raise ValueError("the loader must give (inputs, targets) with a batch of targets")
-        seen += size
+        batch = splitter.split(inputs, targets)
+        if not batch.size:
+            continue
+        seen += batch.size
         if seen > num_data:
             raise ValueError(f"num_data={num_data}, but the loader gave {seen} data already")
-        with vnet.in_eval():
-            of_one = _per_datum(vnet, criterion, inputs, targets, curvature)
-            for square in _over_data(of_one, means, (inputs, targets), size):
-                for name in total:
-                    total[name] += square[name]
+        of_one = _per_datum(vnet, criterion, batch, curvature)
+        for square in _over_data(of_one, means, batch):
+            for name in total:
+                total[name] += square[name]
     if not seen:
         raise ValueError("the loader is empty: there are no data to fit sigma to")
     return total, seen
 
 
 def _per_datum(
-    vnet: VariationalModule, criterion: Criterion, inputs: Any, targets: Any, curvature: str
+    vnet: VariationalModule, criterion: Criterion, batch: Batch, curvature: str
 ) -> Callable[[Weights, Any], Squares]:
-    """The function from weights and a batch of one to the squares by parameter."""
-    args, kwargs = unpack(_cut(inputs, 0, 1))
-    function = vnet.functional(*args, **kwargs)  # made here, since nothing can be traced within vmap
+    """The function from weights and a batch of one, (args, kwargs, targets), to the squares by parameter."""
+    function = vnet.function_of_weights(training=False)
 
     def output(theta: Weights, one: Any) -> Any:
-        args, kwargs = unpack(one)
+        args, kwargs, _ = one
         return function(theta, *args, **kwargs)
 
     def fisher(theta: Weights, one: Any) -> Squares:
-        gradients = grad(lambda w: scalar(criterion(output(w, one[0]), one[1])))(theta)
+        gradients = grad(lambda w: scalar(criterion(output(w, one), one[2])))(theta)
         return {name: g.square() for name, g in gradients.items()}
 
     def ggn(theta: Weights, one: Any) -> Squares:
-        found, pull_back = vjp(lambda w: output(w, one[0]), theta)  # type: ignore[misc]
+        found, pull_back = vjp(lambda w: output(w, one), theta)  # type: ignore[misc]
         if not isinstance(found, Tensor):
             raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
-        second = jacrev(jacrev(lambda y: scalar(criterion(y, one[1]))))(found).reshape(found.numel(), found.numel())
+        second = jacrev(jacrev(lambda y: scalar(criterion(y, one[2]))))(found).reshape(found.numel(), found.numel())
         # H = L Lᵀ, so that the diagonal of Jᵀ H J is the sum of squares of Jᵀ L's rows
         values, vectors = torch.linalg.eigh(second)
         roots = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
@@ -127,28 +136,25 @@ def _per_datum(
     return fisher if curvature == "fisher" else ggn
 
 
-def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch: Any, size: int) -> Iterator[Squares]:
+def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch: Batch) -> Iterator[Squares]:
     """Sums over parts of the batch: vectorized where the operations allow it, else one datum at a time."""
-    leaves, spec = pytree.tree_flatten(batch)
-    dims = [0 if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size else None for leaf in leaves]
+    if batch.size == 1:
+        yield of_one(means, batch.datum(0))
+        return
+    columns, dims = batch.columns(), [0 if n else None for n in batch.entries]
 
     def of_row(*row: Any) -> Squares:
-        one = [x.unsqueeze(0) if dim == 0 else x for x, dim in zip(row, dims, strict=True)]
-        return of_one(means, pytree.tree_unflatten(one, spec))
+        return of_one(means, batch.of(row))
 
     chunk = max(1, BYTES_AT_ONCE // max(1, sum(4 * mu.numel() for mu in means.values())))
-    for start in range(0, size, chunk):
-        rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)]
+    for start in range(0, batch.size, chunk):
+        rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(columns, dims, strict=True)]
         try:
             squares = vectorized(of_row, tuple(dims))(*rows)
             yield {name: square.sum(0) for name, square in squares.items()}
         except Exception:  # no batching rule; an error of the user's own comes again below
-            for i in range(start, min(start + chunk, size)):
-                yield of_row(*(x[i] if dim == 0 else x for x, dim in zip(leaves, dims, strict=True)))
-
-
-def _cut(tree: Any, start: int, end: int) -> Any:
-    return pytree.tree_map(lambda x: x[start:end] if isinstance(x, Tensor) and x.dim() else x, tree)
+            for i in range(start, min(start + chunk, batch.size)):
+                yield of_one(means, batch.datum(i))
 
 
 @torch.no_grad()
@@ -172,7 +178,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
     if not matched:
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
-    fitted = {}
+    fitted, new = {}, {}
     for name in matched:
         q = posteriors[name].free()
         if not q.rho.numel():  # pruned as a whole: there is nothing to fit to
@@ -180,8 +186,16 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         prior = q.prior
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
-    for name, std in fitted.items():
-        prior = posteriors[name].prior
-        assert isinstance(prior, Gaussian)
-        vnet.set_prior(Gaussian(prior.mean, std), where=glob.escape(name))
+        new[name] = _with_std(name, posteriors[name], fitted[name])
+    for name, prior in new.items():  # not by set_prior, which looks through all names at every call
+        vnet.prior.put_leaf(name, prior)
     return fitted
+
+
+def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:
+    """The Gaussian prior of `q` with another std."""
+    assert isinstance(q.prior, Gaussian)
+    try:
+        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan_in matters without a std alone
+    except PriorError as error:
+        raise PriorError(f"{name}: {error}") from None

@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
+from varify.checkpoints import restored
 from varify.copies import copy_network, weightless_copy
-from varify.draws import many
+from varify.draws import Draws, many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.graph.examples import count_of
 from varify.graph.plans import Plan, Record, in_transform, record, run_planned
@@ -190,9 +191,9 @@ class VariationalModule(nn.Module):
             f, in the modes of the moment it is called. `theta` has a tensor of the parameter's shape for every name in
             `posteriors`. What forward sets is forgotten.
         """
-        return self._function(None)
+        return self.function_of_weights(training=None)
 
-    def _function(self, training: bool | None) -> Callable[..., Any]:
+    def function_of_weights(self, training: bool | None) -> Callable[..., Any]:
         """See `functional`; `training` is the mode of all parts, None for those of the moment."""
 
         def f(theta: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -237,6 +238,12 @@ class VariationalModule(nn.Module):
         """
         if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
             raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
+        draws = self.outputs_of_draws(args, kwargs, n_samples, vectorize)
+        return gather(draws.outputs, outputs, class_dim, draws.vectorized)
+
+    @torch.no_grad()
+    def outputs_of_draws(self, args: Any, kwargs: Any, n_samples: int, vectorize: bool | None) -> Draws:
+        """What the network returns in eval mode, for each of many draws; see `predict`. Nothing that it sets is kept."""
         with gathered(self):
             slots = self._slots()
             buffers: dict[int, Tensor] = {}
@@ -258,10 +265,10 @@ class VariationalModule(nn.Module):
                 slow=slow,
                 watch=not slots.keeps_nothing,
             )
-            slots.keeps_nothing |= draws.keeps is False
-            if not (slow or draws.vectorized or draws.keeps) and vectorize is None:
-                slots.sequential.add(kind)  # it would fail again
-        return gather(draws.outputs, outputs, class_dim, draws.vectorized)
+        slots.keeps_nothing |= draws.keeps is False
+        if not (slow or draws.vectorized or draws.keeps) and vectorize is None:
+            slots.sequential.add(kind)  # it would fail again
+        return draws
 
     def _slow_vectorized(self) -> bool:
         # Convolutions with a weight for each draw become grouped ones, which are two to four times slower on a CPU.
@@ -465,24 +472,14 @@ class VariationalModule(nn.Module):
         return {"priors": told, "estimators": dict(self._estimators), "fixed": masked}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the priors of a checkpoint. Names that are not here are left to torch's report of keys."""
-        made = {}
-        for name, told in state["priors"].items():
-            settings = {key: value for key, value in told.items() if key != "kind"}
-            if told["kind"] not in priors.KINDS:
-                raise PriorError(
-                    f"the checkpoint has a prior of kind {told['kind']!r} for {name}; import the module that registers "
-                    f"it before loading (known: {listed(priors.KINDS, 99)})"
-                )
-            if name in self._chosen:
-                made[name] = priors.KINDS[told["kind"]].from_settings(settings).to(self.rho.leaf_at(name).device)
-        for name, prior in made.items():
+        """Take the priors of a checkpoint, all or none. Names that are not here are left to torch's report of keys."""
+        told = restored(state, {name: self.rho.leaf_at(name) for name in self._chosen})
+        for name, prior in told.priors.items():
             self.prior.put_leaf(name, prior)
-        self._estimators.update({n: e for n, e in state["estimators"].items() if n in self._estimators})
+        self._estimators.update(told.estimators)
         self.fixed = Tree()
-        for name in state["fixed"]:
-            if name in self._chosen:
-                self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
+        for name in told.fixed:
+            self.fix(name, torch.zeros(self.rho.leaf_at(name).shape, dtype=torch.int8))
         self._found = None
 
     @torch.no_grad()
@@ -491,7 +488,7 @@ class VariationalModule(nn.Module):
         mask = mask.to(torch.int8).to(self.rho.leaf_at(name).device)
         self.fixed.put_leaf(name, mask)
         mu = self._slots().sites[name].parameter
-        mu[mask == PRUNED] = 0.0
+        mu.masked_fill_(mask == PRUNED, 0.0)
 
     def _pruned(self) -> dict[str, GaussianPosterior]:
         """The posteriors that have weights held at 0, whatever an optimizer's momentum does to the means."""

@@ -1,12 +1,13 @@
 """The objective: negative log likelihood and KL, weighted as they must be."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from varify.arguments import fewest, unpack
 from varify.module import VariationalModule, prior_loss
 from varify.schedules import Schedule
 
@@ -70,14 +71,16 @@ class ELBO:
         Args:
             vnet: a variational module, or any module with variational parts, also within DDP.
             criterion: `(output, targets)` to a mean over the batch, as torch's losses are by default.
-            inputs: one tensor, a tuple of positional or a dict of keyword arguments.
+            inputs: one tensor, a tuple of positional or a dict of keyword arguments; a list is taken for a tuple, as
+                `DataLoader` makes them, by a network that needs more than one argument.
             targets: handed to the criterion.
 
         Raises:
-            ValueError: the criterion returns no scalar, or the batch is larger than num_data.
+            ValueError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
+                that may be one argument or several.
         """
-        args, kwargs = unpack(inputs)
-        batch = batch_size(targets, args, kwargs)
+        args, kwargs = unpack(inputs, vnet)
+        batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
             raise ValueError(
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
@@ -108,21 +111,6 @@ class ELBO:
         nll, log_ratio = torch.stack(nlls), torch.stack(log_ratios)
         bound = torch.logsumexp(-self.num_data * nll - beta * log_ratio, 0) - math.log(self.n_samples)
         return Terms(-bound / self.num_data, nll.mean(), log_ratio.mean())
-
-
-def unpack(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of a network from what stands for its inputs."""
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return inputs, {}
-    return (inputs,), {}
-
-
-def batch_size(targets: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> int | None:
-    """Length of the first tensor with dimensions in targets, else in the inputs; None if there is none."""
-    leaves = torch.utils._pytree.tree_leaves((targets, args, dict(kwargs or {})))
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
 
 
 def scalar(loss: Any) -> Tensor:

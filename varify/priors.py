@@ -20,6 +20,7 @@ from varify.posteriors import GaussianPosterior
 LOG_2PI = math.log(2 * math.pi)
 P = TypeVar("P", bound="type[Prior]")
 KINDS: dict[str, "type[Prior]"] = {}
+MOST_DRAWS = 100_000  # in one estimate of a KL: its memory and time grow with them
 
 
 def register(kind: str) -> Callable[[P], P]:
@@ -95,8 +96,10 @@ class Prior(nn.Module):
 
     def __init__(self, n_mc_samples: int = 1) -> None:
         super().__init__()
-        if isinstance(n_mc_samples, bool) or not isinstance(n_mc_samples, int) or n_mc_samples < 1:
-            raise PriorError(f"n_mc_samples={n_mc_samples!r}: a whole number of draws, at least 1, is needed")
+        whole = isinstance(n_mc_samples, int) and not isinstance(n_mc_samples, bool)
+        if not whole or not 1 <= n_mc_samples <= MOST_DRAWS:
+            needed = f"a whole number of draws, at least 1 and at most {MOST_DRAWS:,}, is needed"
+            raise PriorError(f"n_mc_samples={n_mc_samples!r}: {needed}")
         self.n_mc_samples = n_mc_samples
 
     def log_prob(self, w: Tensor) -> Tensor:
@@ -137,10 +140,39 @@ class Prior(nn.Module):
         return {name: list(v.shape) if isinstance(v, Tensor) else v for name, v in values.items()}
 
     @classmethod
+    def check_settings(cls, settings: dict[str, Any], shape: torch.Size) -> None:
+        """Refuse settings out of a checkpoint that can't be those of a parameter of `shape`; makes no tensor.
+
+        A class with a `from_settings` of its own checks them there, or here.
+
+        Raises:
+            PriorError: a setting is missing or unknown, or a tensor's shape doesn't fit the parameter's.
+        """
+        if cls.from_settings.__func__ is not Prior.from_settings.__func__:  # type: ignore[attr-defined]
+            return
+        try:
+            inspect.signature(cls).bind(**settings)
+        except TypeError as error:
+            raise PriorError(str(error)) from None
+        for name, value in settings.items():
+            if isinstance(value, list) and not broadcasts(checked_shape(name, value), shape):
+                raise PriorError(f"{name} has shape {tuple(value)}; the parameter has {tuple(shape)}")
+
+    @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> "Prior":
-        """The inverse of `settings`: tensors hold ones until a state dict fills them."""
-        values: dict[str, Any] = {n: torch.ones(v) if isinstance(v, list) else v for n, v in settings.items()}
+        """The inverse of `settings`: tensors hold 0.5, which all may be, until a state dict fills them."""
+        values: dict[str, Any] = {n: torch.full(v, 0.5) if isinstance(v, list) else v for n, v in settings.items()}
         return cls(**values)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name, buffer in self._buffers.items():
+            found = state_dict.get(prefix + name)
+            if not isinstance(found, Tensor) or buffer is None or found.shape != buffer.shape:
+                continue  # which torch reports
+            dtype = torch.promote_types(found.dtype, buffer.dtype)  # settings don't tell a tensor's type
+            if is_room(buffer) or dtype != buffer.dtype:
+                self._buffers[name] = torch.empty(found.shape, dtype=dtype, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def keep(self, **hyperparameters: Any) -> None:
         """Check that each is a finite number or tensor, and keep it under its name."""
@@ -173,6 +205,27 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"tensor{tuple(value)}"
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def room(shape: Any) -> Tensor:
+    """Stands for a tensor of `shape` until a state dict brings it; takes no memory, however large the shape."""
+    return torch.full((), 0.5).expand(shape)
+
+
+def is_room(tensor: Tensor) -> bool:
+    """Whether a tensor is such."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+def checked_shape(name: str, value: Any) -> torch.Size:
+    """The shape that a checkpoint gives for the tensor `name`.
+
+    Raises:
+        PriorError: it is none.
+    """
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**40 for n in value):
+        raise PriorError(f"{name}={str(value)[:99]}: the shape of a tensor is needed")
+    return torch.Size(value)
 
 
 def broadcasts(shape: torch.Size, target: torch.Size) -> bool:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from varify.errors import StructureError, listed
+from varify.errors import PriorError, StructureError, VarifyError, listed
 from varify.module import VariationalModule
+from varify.priors import KINDS
 from varify.selection import check_model, sites
 from varify.sharding import refuse_sharded
 from varify.variationalize import variationalize
@@ -30,13 +32,15 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: the folder is not there.
-        TypeError: vnet is not variational, or a module's extra state is no tensor and no plain value, which can't be
-            written down.
+        TypeError: vnet is not variational; or what can't be written down: a module's extra state that is no tensor and
+            no plain value, a tensor that is sparse or of a type that such files don't know.
+        PriorError: a prior is not registered, so that `load` could not make it again.
     """
     vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
     if not isinstance(vnet, VariationalModule):
         raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
     refuse_sharded(vnet, "varify.save")
+    _check_priors(vnet)
     state = vnet.state_dict()
     tensors, plain, same = _parted(state)
     settings = {
@@ -74,9 +78,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
     Raises:
         ValueError: the file was not written by `save`.
         StructureError: the model has other parameters or buffers than the one in the file, by name or shape. What it
-            does with them can't be checked.
+            does with them can't be checked. Or the settings in the file are none that `save` writes.
         ModelError: the model is no plain network.
-        PriorError: a prior of one's own is not registered (import the module that does).
+        PriorError: a prior of one's own is not registered (import the module that does), or its settings can't be.
+        EstimatorError: an estimator is unknown.
     """
     check_model(model)
     library = _library()
@@ -95,7 +100,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
             )
         if metadata["varify"] != FORMAT:
             raise ValueError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
-        settings = json.loads(metadata["settings"])
+        settings = _settings(path, metadata, set(file.keys()))
         state = OrderedDict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
     state.update({name: state[first] for name, first in settings["same"].items()} | settings["extra"])
     state._metadata = settings["versions"]  # type: ignore[attr-defined]  # where torch keeps them
@@ -105,11 +110,63 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
     vnet._skipped = settings["skipped"]
     try:
         vnet.load_state_dict(state)
+    except VarifyError:
+        raise
     except RuntimeError as error:
         raise StructureError(f"{path} is of another network than this {type(model).__name__}: {error}") from None
     for name, parameter in vnet.named_parameters():
         parameter.requires_grad_(settings["requires_grad"].get(name, parameter.requires_grad))
     return vnet
+
+
+SETTINGS: dict[str, tuple[type, type | None]] = {  # of each, its type and that of what it holds
+    "network": (str, None),
+    "parameters": (list, str),
+    "skipped": (dict, str),
+    "requires_grad": (dict, bool),
+    "versions": (dict, dict),
+    "strict": (bool, None),
+    "extra": (dict, None),
+    "same": (dict, str),
+}
+
+
+def _settings(path: Any, metadata: Mapping[str, str], tensors: set[str]) -> dict[str, Any]:
+    """The settings in a file, checked.
+
+    Raises:
+        StructureError: they are none that `save` writes.
+    """
+    try:
+        settings = json.loads(metadata["settings"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise _damaged(path, f"its settings can't be read ({type(error).__name__}: {error})") from None
+    if not isinstance(settings, dict):
+        raise _damaged(path, f"its settings are a {type(settings).__name__}")
+    for name, (kind, inner) in SETTINGS.items():
+        value = settings.get(name)
+        if not isinstance(value, kind):
+            raise _damaged(path, f"its setting {name!r} is {str(value)[:99]!r}, no {kind.__name__}")
+        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            if inner is not None and not isinstance(part, inner):
+                raise _damaged(path, f"its setting {name!r} has {str(part)[:99]!r}, no {inner.__name__}")
+    odd = [name for name in settings["parameters"] if f"module.{name}" not in tensors | set(settings["same"])]
+    if odd or not settings["parameters"]:
+        raise _damaged(path, f"its setting 'parameters' has {listed(odd)} without a tensor module.<name>")
+    lost = [name for name, first in settings["same"].items() if first not in tensors or name in tensors]
+    twice = [name for name in settings["extra"] if name in tensors or name in settings["same"]]
+    if lost or twice:
+        raise _damaged(
+            path, f"its settings 'same' and 'extra' have {listed(lost + twice)}, which don't fit its tensors"
+        )
+    for module, told in settings["versions"].items():
+        if not isinstance(told.get("version"), (int, type(None))):
+            raise _damaged(path, f"its setting 'versions' has {str(told)[:99]} for {module!r}")
+    return settings
+
+
+def _damaged(path: Any, why: str) -> StructureError:
+    return StructureError(f"{path} is damaged, or not of varify.save: {why}")
 
 
 def _library() -> Any:
@@ -131,6 +188,7 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
         if not isinstance(value, Tensor):
             plain[name] = _checked(name, value)
             continue
+        _check_tensor(name, value)
         place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if value.numel() and place in seen:
             same[name] = seen[place]
@@ -138,6 +196,48 @@ def _parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
         seen[place] = name
         tensors[name] = value.detach().clone().contiguous()  # a clone: two may be views of one storage
     return tensors, plain, same
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that a safetensors file can't hold."""
+    if tensor.is_meta:
+        why = "on the meta device, without values; load or make them first"
+    elif tensor.layout is not torch.strided:
+        why = f"of layout {tensor.layout}; make it dense in the network, by to_dense()"
+    elif not _has_a_word_for(tensor.dtype):
+        why = f"of type {tensor.dtype}; keep it as another in the network, such as by torch.view_as_real"
+    else:
+        return
+    raise TypeError(
+        f"{name} can't be written to a safetensors file: it is {why}, or write torch.save(vnet.state_dict(), ...)"
+    )
+
+
+def _has_a_word_for(dtype: torch.dtype) -> bool:
+    try:
+        _library().torch.save({"none": torch.empty(0, dtype=dtype)})
+    except (KeyError, RuntimeError):  # the latter of types that torch can't make like this
+        return False
+    return True
+
+
+def _check_priors(vnet: VariationalModule) -> None:
+    """Refuse priors that could not be made again of their name and settings."""
+    for path, module in vnet.named_modules():
+        for name, q in module.posteriors.items() if isinstance(module, VariationalModule) else ():
+            own, known = type(q.prior), KINDS.get(q.prior.kind)
+            told = f"the prior of {path}{'.' * bool(path)}{name}, a {own.__name__},"
+            if known is None or known.__qualname__ != own.__qualname__:
+                raise PriorError(
+                    f"{told} is not registered, so varify.load could not make it again: decorate the class with "
+                    f'@varify.priors.register("{own.__name__.lower()}")'
+                )
+            try:
+                known.check_settings(q.prior.settings(), q.rho.shape)
+            except PriorError as error:
+                raise PriorError(
+                    f"{told} could not be loaded: {error}; give the class a from_settings of its own"
+                ) from None
 
 
 def _checked(name: str, value: Any) -> Any:
