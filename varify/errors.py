@@ -1,6 +1,10 @@
 """Every error varify raises on its own account, and the wording they share."""
 
+import os
 from collections.abc import Iterable
+from types import TracebackType
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class VarifyError(Exception):
@@ -37,3 +41,22 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     if len(names) <= most:
         return ", ".join(names) or "none"
     return f"{', '.join(names[:most])}, ... ({len(names)} in all)"
+
+
+def at_users_line(error: Exception) -> Exception:
+    """The error as the user's code raised it: without the frames of varify's that are below the user's."""
+    frames = []
+    entry = error.__traceback__
+    while entry is not None:
+        frames.append(entry)
+        entry = entry.tb_next
+    ours = [entry.tb_frame.f_code.co_filename.startswith(_PACKAGE) for entry in frames]
+    entered = ours.index(False) if False in ours else len(ours)
+    for i, entry in enumerate(frames):
+        if entry.tb_frame.f_code.co_name == "handle_torch_function":  # by which torch asks, from a function that is
+            ours[i - 1] = ours[i] = True  # then run as the user called it
+    kept: TracebackType | None = None
+    for i in reversed(range(len(frames))):
+        if not ours[i] or i < entered:
+            kept = TracebackType(kept, frames[i].tb_frame, frames[i].tb_lasti, frames[i].tb_lineno)
+    return error.with_traceback(kept)

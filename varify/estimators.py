@@ -184,7 +184,7 @@ def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *set
 @rule("local", "matmul", "mm", of=("input", "other"), uses=_rows_beside)
 def local_matmul(op: Any, input: Any, other: Any) -> Tensor:
     """`x @ w` and `w @ x` with one noise per output element."""
-    mean = op(_mean_of(input), _mean_of(other))
+    mean: Tensor = op(_mean_of(input), _mean_of(other))
     left, right = (p.var() if isinstance(p, Moments) else p.square() for p in (input, other))
     return _with_noise(mean, op(left, right))
 
@@ -238,7 +238,8 @@ def local_mul(op: Any, input: Any, other: Any) -> Tensor:
     """`x * w` with one noise per output element."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu
-    return mean + x * w.sigma.to(mean.dtype) * torch.randn_like(mean)
+    noise: Tensor = x * w.sigma.to(mean.dtype) * torch.randn_like(mean)
+    return mean + noise
 
 
 # --- flipout (Wen, Vicol, Ba, Tran & Grosse 2018, arXiv:1803.04386)
@@ -246,7 +247,7 @@ def local_mul(op: Any, input: Any, other: Any) -> Tensor:
 
 @rule("flipout", *LINEAR, *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
 def flipout_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
-    """op(x, mu) + s·op(r·x, delta): one perturbation delta = sigma·eps a call, with each example's own signs r and s."""
+    """op(x, mu) + s·op(r·x, delta): one delta = sigma·eps a call, with signs r and s of each example's own."""
     channels = -1 if op in LINEAR else 1 - weight.mu.dim()
     outer, inner = (1, 0) if op in TRANSPOSED else (0, 1)
     mean: Tensor = op(input, weight.mu, _mean_of(bias), *settings, **named)
@@ -296,9 +297,10 @@ def flipout_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) 
 
 def _signs_of_rows(input: Tensor, weight: Moments) -> Tensor:
     """The sign of each row looked up, in the example that does so, in the shape of `input`."""
-    number = torch.arange(weight.examples.count, device=input.device).unsqueeze(-1)
+    number = torch.arange(weight.examples.number, device=input.device).unsqueeze(-1)
     example = weight.examples.spread(number, input.unsqueeze(-1), -1).squeeze(-1)
-    return weight.signs(0)[example, input]
+    signs: Tensor = weight.signs(0)[example, input]
+    return signs
 
 
 @rule("flipout", "add", of=("input", "other"), refuses=_scaled)
@@ -314,7 +316,8 @@ def flipout_mul(op: Any, input: Any, other: Any) -> Tensor:
     """`x * w`, w with each example's own signs along its last dimension."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu
-    return mean + x * (w.perturbation() * _flip_last(w, mean))
+    noise: Tensor = x * (w.perturbation() * _flip_last(w, mean))
+    return mean + noise
 
 
 def _flip_last(w: Moments, like: Tensor) -> Tensor | float:

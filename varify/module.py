@@ -81,7 +81,7 @@ class VariationalModule(nn.Module):
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
         if torch.compiler.is_compiling():
-            means = {name: self.module.get_parameter(name) for name in self._chosen}
+            means: dict[str, Tensor] = {name: self.module.get_parameter(name) for name in self._chosen}
         else:
             means = self._slots().means()
         return {
@@ -243,7 +243,7 @@ class VariationalModule(nn.Module):
 
     @torch.no_grad()
     def outputs_of_draws(self, args: Any, kwargs: Any, n_samples: int, vectorize: bool | None) -> Draws:
-        """What the network returns in eval mode, for each of many draws; see `predict`. Nothing that it sets is kept."""
+        """What the network returns in eval mode for each of many draws; see `predict`. What it sets is forgotten."""
         with gathered(self):
             slots = self._slots()
             buffers: dict[int, Tensor] = {}
@@ -462,7 +462,7 @@ class VariationalModule(nn.Module):
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name, q in self._pruned().items():
             key = f"{prefix}module.{name}"
-            state[key] = torch.where(q.fixed == PRUNED, 0.0, state[key])
+            state[key] = state[key].masked_fill(torch.as_tensor(q.fixed == PRUNED), 0.0)
         return state
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -489,6 +489,14 @@ class VariationalModule(nn.Module):
         self.fixed.put_leaf(name, mask)
         mu = self._slots().sites[name].parameter
         mu.masked_fill_(mask == PRUNED, 0.0)
+
+    def train(self, mode: bool = True) -> "VariationalModule":
+        """As in torch: `train()` draws the weights, `eval()` uses their means."""
+        with torch.no_grad():  # an optimizer's momentum may have moved them
+            for q in self._pruned().values():
+                q.mu.masked_fill_(torch.as_tensor(q.fixed == PRUNED), 0.0)
+        super().train(mode)
+        return self
 
     def _pruned(self) -> dict[str, GaussianPosterior]:
         """The posteriors that have weights held at 0, whatever an optimizer's momentum does to the means."""

@@ -11,20 +11,20 @@ class Examples(NamedTuple):
     """Which rows of an operation belong to one example.
 
     Attributes:
-        count: number of examples, B.
+        number: of examples, B.
         dim: the dimension that counts them, of the operation's input and output alike: of size B·k with k rows an
             example. None: all rows share one draw, as those of one example or of none do.
         minor: the rows of an example are B apart; else they follow one another.
     """
 
-    count: int = 1
+    number: int = 1
     dim: int | None = None
     minor: bool = False
 
     def spread(self, signs: Tensor, like: Tensor, dim: int) -> Tensor:
         """`signs`, `(B, C)`, by example and channel, in a shape that multiplies `like` with its channels at `dim`."""
         assert self.dim is not None
-        repeats = like.shape[self.dim] // self.count
+        repeats = like.shape[self.dim] // self.number
         if repeats > 1:
             signs = signs.repeat(repeats, 1) if self.minor else signs.repeat_interleave(repeats, 0)
         shape = [1] * like.dim()
@@ -115,9 +115,9 @@ class Moments:
         """Random signs `(B, size of the axis)` in the network's dtype, by example and index of the parameter's axis."""
         size = self.mu.shape[axis] if self.mu.dim() else 1
         if self._kept is None:
-            return _random_signs(self.examples.count, size, self.mu)
+            return _random_signs(self.examples.number, size, self.mu)
         own = 1 - axis if self._transposed else axis
-        return self._kept.signs(own, self.examples.count, size).to(self.mu.dtype)
+        return self._kept.signs(own, self.examples.number, size).to(self.mu.dtype)
 
     def flip(self, like: Tensor, axis: int, dim: int) -> Tensor | float:
         """What `like`, whose channels at `dim` are the parameter's `axis`, is to be multiplied with: signs.

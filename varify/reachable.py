@@ -152,7 +152,8 @@ def attributes(value: Any) -> dict[str, Any]:
             GetSetDescriptorType,
             MemberDescriptorType,
         ):  # not a property of the user's own
-            return found.__get__(value) or {}
+            own = found.__get__(value)
+            return {} if own is None else own
     return {}
 
 

@@ -116,7 +116,7 @@ class Replacing:
 
     def _copy_mutable(self, value: Any) -> None:
         is_container = isinstance(value, (dict, list, set, deque))
-        new = copy.copy(value) if is_container else object.__new__(type(value))
+        new = copy.copy(value) if is_container else _empty(type(value))
         self._keep(value, new)
         had = _contents(value)
         _fill(new, value, self)
@@ -144,6 +144,13 @@ class Replacing:
     def reversed(self) -> dict[int, Any]:
         """The originals by the identity of their copies."""
         return {id(new): value for value, new in self._copies.values()}
+
+
+def _empty(kind: type) -> Any:
+    try:
+        return object.__new__(kind)
+    except TypeError:  # not written in Python
+        return kind.__new__(kind)
 
 
 def _rebuilt(value: Any, items: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from varify.errors import at_users_line
 from varify.replacing import PLAIN, Replacing, beneath
 from varify.selection import Site
 
@@ -71,6 +72,8 @@ class Views:
         except Discarded:
             view.keeps = False
             raise
+        except Exception as error:
+            raise at_users_line(error)  # noqa: B904  # it is the same one
         finally:
             is_free = view.leave()
             if is_free:
@@ -300,7 +303,9 @@ class _Part:
     ) -> None:
         """Take the weights of a call, or with none the live ones."""
         seen, live = self._seen, self.live._parameters
-        seen["_parameters"].update({key: theta[name] if name in theta else live[key] for key, name in self._slots})
+        table = seen["_parameters"]
+        for key, name in self._slots:
+            table[key] = live[key] if name is None or name not in theta else theta[name]
         for attr in self.varying:
             seen[attr] = self._own[attr] if call is None else call(self._own[attr])
         seen["training"] = self._own["training"] if training is None else training
@@ -429,8 +434,14 @@ def _taken_for(live: nn.Module) -> type:
             return other is live or other is self
 
         @property
-        def __class__(self) -> type:
+        def __class__(self) -> Any:
             return type(live)
 
+        @__class__.setter
+        def __class__(self, kind: type) -> None:
+            object.__setattr__(self, "__class__", kind)
+
     name = type(live).__name__
-    return type(live).__class__(name, (Same, type(live)), {"__module__": type(live).__module__, "__slots__": ()})
+    metaclass: Any = type(type(live))
+    made: type = metaclass(name, (Same, type(live)), {"__module__": type(live).__module__, "__slots__": ()})
+    return made

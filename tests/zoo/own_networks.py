@@ -42,16 +42,19 @@ class UNet(nn.Module):
 class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Linear(3, 5), nn.Linear(5, 3), nn.Linear(3, 2)
-        self.reentrant = reentrant
+        parts = [nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 3)]) for _ in range(3)]
+        # The reentrant kind goes through the graph of a weight's draw once for each checkpoint, so it can't be shared.
+        self.parts = nn.ModuleList(parts if reentrant else [parts[0]] * 3)
+        self.head, self.reentrant = nn.Linear(3, 2), reentrant
 
-    def part(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.second(F.dropout(torch.tanh(self.first(x)), 0.3, self.training)))
+    def part(self, x: Tensor, i: int) -> Tensor:
+        first, second = self.parts[i]
+        return torch.tanh(second(F.dropout(torch.tanh(first(x)), 0.3, self.training)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.part(x)  # the same weights outside of it
-        for _ in range(2):
-            x = checkpoint(self.part, x, use_reentrant=self.reentrant)
+        x = self.part(x, 0)
+        for i in (1, 2):
+            x = checkpoint(self.part, x, i, use_reentrant=self.reentrant)
         return self.head(x)
 
 

@@ -165,26 +165,24 @@ def is_once(rule: Rule, arguments: dict[str, Any], examples: Examples | None) ->
     """Whether each example uses every element once at most in one operation; None: its rows depend on several."""
     times = rule.uses(arguments)
     return times == 1 or (
-        times is not None and examples is not None and examples.dim is not None and times == examples.count
+        times is not None and examples is not None and examples.dim is not None and times == examples.number
     )
 
 
 def _disjoint(uses: list[Use]) -> bool:
     """Whether they meet different parts: pieces of one split, or different rows."""
-    firsts = [use.path[0] if use.path else None for use in uses]
-    if None in firsts or len({use.path for use in uses}) < len(uses):
+    paths = [use.path for use in uses]
+    if not all(paths) or len(set(paths)) < len(paths):
         return False
-    rows = {first for first in firsts if first[0] == "getitem"}
-    if len(rows) == len(set(firsts)) and all(row[1].strip("(),").isdigit() for row in rows):
-        return len({use.path[0] for use in uses}) == len(uses)
-    split = {use.path[:1] for use in uses}
-    pieces = [use.path[1] if len(use.path) > 1 else None for use in uses]
-    return len(split) == 1 and None not in pieces and len(set(pieces)) == len(uses)
+    if all(path[0][0] == "getitem" and path[0][1].strip("(),").isdigit() for path in paths):
+        return len({path[0] for path in paths}) == len(paths)
+    pieces = {path[1] for path in paths if len(path) > 1}
+    return len({path[0] for path in paths}) == 1 and len(pieces) == len(paths)
 
 
 def _inconsistent(served: list[tuple[Use, Examples]]) -> str:
     """Why several uses can't share one noise; empty if they can."""
-    if len({(e.count, e.dim is None) for _, e in served}) > 1:
+    if len({(e.number, e.dim is None) for _, e in served}) > 1:
         return "of examples and of none"
     if any(use.operation in ("add", "mul") for use, _ in served) and len({use.operation for use, _ in served}) > 1:
         return "by different operations"

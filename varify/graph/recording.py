@@ -106,7 +106,7 @@ class Recording(TorchFunctionMode):
 
     def _get_attr(self, name: str) -> fx.Node:
         if name not in self._attributes:
-            self._attributes[name] = self.graph.create_node("get_attr", name)
+            self._attributes[name] = self.graph.create_node("get_attr", name, name=f"p_{name.replace('.', '_')}")
             self._attributes[name].meta["chosen"] = name in self._chosen
         return self._attributes[name]
 

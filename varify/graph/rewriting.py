@@ -76,7 +76,7 @@ def put(
 ) -> None:
     """Put a posterior in the place of each parameter's `get_attr` node, and rules in the places of operations."""
     graph = module.graph
-    module.posteriors = dict(posteriors)
+    vars(module)["posteriors"] = dict(posteriors)
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
     assert first is not None
     estimated = {name for name, decision in decisions.items() if decision.uses}
@@ -87,10 +87,10 @@ def put(
         for name in [*(n for n in posteriors if n not in estimated), *(n for n in posteriors if n in estimated)]:
             if name not in parameters and name in estimated:
                 continue
-            q = graph.call_function(operator.getitem, (source, name))
             label = name.replace(".", "_")
+            q = graph.create_node("call_function", operator.getitem, (source, name), name=f"q_{label}")
             if name in estimated:
-                kept = {"keeping": True} if decisions[name].keeps else {}
+                kept: dict[str, Any] = {"keeping": True} if decisions[name].keeps else {}
                 stand_ins[name] = graph.create_node("call_method", "moments", (q,), kept, name=label)
             else:
                 stand_ins[name] = graph.create_node("call_method", "rsample", (q,), name=label)

@@ -81,10 +81,12 @@ class Cell:
         if place >= len(foreseen) or torch.is_grad_enabled() < self._gradients:
             return None
         expected, examples = foreseen[place]
-        if expected != operation or (examples.dim is not None and self._count is None):
+        if expected != operation:
             return None
         if examples.dim is not None:
-            examples = examples._replace(count=self._count)
+            if self._count is None:
+                return None
+            examples = examples._replace(number=self._count)
         if not _fits(examples, arguments) or rule.refuses(arguments):
             return None
         return self._chosen(rule, operation, arguments, examples), examples
@@ -129,7 +131,7 @@ def _fits(examples: Examples, arguments: dict[str, Any]) -> bool:
     if examples.dim is None:
         return True
     shapes = [v.shape for v in arguments.values() if isinstance(v, Tensor) and not isinstance(v, _StandIn)]
-    return any(len(s) > examples.dim and s[examples.dim] and s[examples.dim] % examples.count == 0 for s in shapes)
+    return any(len(s) > examples.dim and s[examples.dim] and s[examples.dim] % examples.number == 0 for s in shapes)
 
 
 class _StandIn(Tensor):
@@ -179,7 +181,7 @@ class _StandIn(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # past torch functions: TorchScript, or a transform over the weight. Here gradients would be lost.
         (one, *_) = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, _StandIn)]
         raise Unforeseen(one.cell.name, f"it meets {func} where torch functions are not seen")
@@ -200,7 +202,8 @@ class _StandIn(Tensor):
 
     def drawn(self, why: str) -> Tensor:
         """The draw, seen as this is."""
-        return self._again(self.cell.drawn(why))
+        tensor: Tensor = self._again(self.cell.drawn(why))
+        return tensor
 
 
 def _served(func: Any, args: Any, kwargs: Any) -> Any:
