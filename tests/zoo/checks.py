@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +32,8 @@ class Record:
     name: str
     parameters: int = 0
     variational: int = 0
-    opaque: str = ""
+    seen: int = 0
+    drawn: dict[str, str] = field(default_factory=dict)
     predicts: str = ""
     pickles: bool = True
     seconds: float = 0.0
@@ -93,8 +95,6 @@ def examine_as(record: Record, entry: Entry, network: nn.Module, vnet: varify.Va
         kl = vnet.prior_loss()
         assert kl.isfinite()
         assert kl > 0
-    opaque = vnet.summary().opaque
-    record.opaque = "the network" if "" in opaque else f"{len(opaque)} modules" if opaque else "nothing"
     with record.noting("copies and pickles"):
         copies = [copy.deepcopy(vnet), *([pickle.loads(pickle.dumps(vnet))] if record.pickles else [])]
         for other in copies:
@@ -112,6 +112,61 @@ def examine_as(record: Record, entry: Entry, network: nn.Module, vnet: varify.Va
         del other, file
     with record.noting("predicts"):
         record.predicts = _predicts(vnet, call, again)
+    del vnet
+    examine_with_estimators(record, network, call)
+
+
+def examine_with_estimators(record: Record, network: nn.Module, call: Call) -> None:
+    """With estimator="auto": the original at sigma = 0, the graph equal to the run, and what rules reach."""
+    vnet = varify.variationalize(network, estimator="auto", init=varify.inits.Constant(1e-3))
+    with record.noting("equals the original with estimators"):
+        plain, still = copy_of(network).train(), copy.deepcopy(vnet).train()
+        for name in still.posteriors:
+            still.get_parameter(f"rho.{name}").data.fill_(TINY)
+        for _ in range(2):  # the first call is recorded, with drawn weights; in the second stand-ins meet rules
+            results = [_gradients_of(plain, plain, call), _gradients_of(still, still.module, call)]
+            (expected, grads), (found, mine) = results
+            assert_close(found, expected)
+            assert_close(dict(still.module.named_buffers()), dict(plain.named_buffers()))
+            for name, grad in grads.items():
+                scale = float(grad.abs().max()) if grad.numel() else 0.0
+                assert name in mine or not grad.any(), f"{name} has no gradient"
+                assert not grad.any() or torch.allclose(mine[name], grad, 1e-3, 1e-4 * scale + 1e-6), f"{name}"
+        del plain, still
+    with record.noting("the graph is the run"):
+        vnet.train()(*copy.deepcopy(call)[0], **copy.deepcopy(call)[1])
+        args, kwargs = seeded_call(call)
+        graph = copy.deepcopy(vnet).graph(*args, **kwargs)
+        args, kwargs = seeded_call(call)
+        output = vnet(*args, **kwargs)
+        args, kwargs = seeded_call(call)
+        again = graph(*{id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values())
+        assert_equal(list(again), [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
+    with record.noting("what rules reach"):
+        (plan,) = vnet._slots().plans.values()
+        sizes = {name: q.mu.numel() for name, q in vnet.posteriors.items()}
+        record.seen = sum(sizes[name] for name, decision in plan.decisions.items() if decision.uses)
+        record.drawn = {name: decision.why for name, decision in plan.decisions.items() if not decision.uses}
+
+
+def _gradients_of(network: nn.Module, module: nn.Module, call: Call) -> tuple[list[Any], dict[str, Tensor]]:
+    """Output and gradients, with random numbers for dropout that the noise of estimators does not shift."""
+    module.zero_grad()
+    seeding = module.register_forward_pre_hook(lambda *_: torch.manual_seed(5) and None)
+    try:
+        with mock.patch("varify.graph.standins._noise", _of_its_own):
+            leaves, objective = run(network, call, 0)
+            objective.backward()
+    finally:
+        seeding.remove()
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return leaves, grads
+
+
+@contextmanager
+def _of_its_own(*_: Any) -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
 
 
 def _equals(network: nn.Module, vnet: varify.VariationalModule, call: Call, training: bool) -> tuple[set[str], bool]:
@@ -204,12 +259,17 @@ def copy_of(network: nn.Module) -> nn.Module:
     return copy_network(network)
 
 
-def run(network: nn.Module, call: Call, seed: int) -> tuple[list[Any], Tensor]:
-    """The output's leaves, and a weighted sum of its tensors that no normalisation makes constant."""
-    args, kwargs = copy.deepcopy(call)
+def seeded_call(call: Call, seed: int = 3) -> Call:
+    """Fresh arguments, with all random generators at a seed."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+    return copy.deepcopy(call)
+
+
+def run(network: nn.Module, call: Call, seed: int) -> tuple[list[Any], Tensor]:
+    """The output's leaves, and a weighted sum of its tensors that no normalisation makes constant."""
+    args, kwargs = seeded_call(call, seed)
     leaves = pytree.tree_leaves(network(*args, **kwargs))
     weights = torch.Generator().manual_seed(7)
     terms = [

@@ -69,8 +69,11 @@ class Recording(TorchFunctionMode):
             if inner is not None:
                 with self:
                     return inner(*args, **kwargs)
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        version = None if first is None or first.is_inference() else first._version
         result = func(*args, **kwargs)
-        self._note(func, nodes, result)
+        if result is not first or first is None or version is None or first._version != version:
+            self._note(func, nodes, result)  # else nothing was done, as by `.contiguous()` of what is so
         return result
 
     # --- from values to nodes

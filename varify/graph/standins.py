@@ -193,6 +193,8 @@ class _StandIn(Tensor):
             return view_tensor(self._again(draw), name, *args, **kwargs)
 
         found = view(self.moments, name, *args, **kwargs)
+        if isinstance(found, Moments) and found.mu is self.moments.mu:
+            return self  # nothing was done, as by `.contiguous()` of what is so
         if isinstance(found, tuple):
             return tuple(
                 _StandIn(self.cell, m, (*path, ("getitem", f"({i},)")), lambda draw, i=i: again(draw)[i])
