@@ -500,7 +500,7 @@ class VariationalModule(nn.Module):
 
     def _pruned(self) -> dict[str, GaussianPosterior]:
         """The posteriors that have weights held at 0, whatever an optimizer's momentum does to the means."""
-        if next(self.fixed.buffers(), None) is None:
+        if next(self.fixed.named_buffers(), None) is None:
             return {}
         return {name: q for name, q in self._posteriors().items() if q.fixed is not None}
 
@@ -522,13 +522,12 @@ class VariationalModule(nn.Module):
             raise
         return super().load_state_dict(state_dict, strict, assign)
 
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
-        """Those of the network. The hyper-parameters of priors and the masks are the variational module's settings.
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Those of the network, which is what `swa_utils.AveragedModel` pairs off to average.
 
-        So averaging (`swa_utils.AveragedModel`) and broadcasting take what the network computes, and no settings.
+        `named_buffers` has the hyper-parameters of priors and the masks of pruned weights as well, which come and go.
         """
-        dot = f"{prefix}." if prefix else ""
-        return self.module.named_buffers(f"{dot}module", recurse, remove_duplicate)
+        return self.module.buffers(recurse)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VariationalModule":
         self._found = None

@@ -35,24 +35,24 @@ class Examples(NamedTuple):
 
 
 class Kept:
-    """The noise of a parameter in one call, kept so that several uses meet one drawn weight in each example."""
+    """The noise of a parameter in one call, kept so that several uses meet one drawn weight in each example.
 
-    def __init__(self, sigma: Tensor, dtype: torch.dtype) -> None:
-        self._sigma, self._dtype = sigma, dtype
-        self._perturbation: Tensor | None = None
-        self._signs: dict[int, Tensor] = {}
+    It is drawn when it is made and not when it is first used, which may be in a checkpoint: what is drawn there is to
+    be drawn there again.
 
-    def perturbation(self) -> Tensor:
-        """Sigma·eps, `(*shape)`, the same at every call."""
-        if self._perturbation is None:
-            self._perturbation = (self._sigma * torch.randn_like(self._sigma)).to(self._dtype)
-        return self._perturbation
+    Args:
+        sigma: of the parameter, `(*shape)`.
+        dtype: of the network.
+        number: of examples, B.
 
-    def signs(self, axis: int, count: int, size: int) -> Tensor:
-        """Signs `(count, size)` of the parameter's axis, the same at every call."""
-        if axis not in self._signs:
-            self._signs[axis] = _random_signs(count, size, self._sigma)
-        return self._signs[axis]
+    Attributes:
+        perturbation: sigma·eps, `(*shape)`.
+        signs: of each axis of the parameter, `(B, size)`.
+    """
+
+    def __init__(self, sigma: Tensor, dtype: torch.dtype, number: int) -> None:
+        self.perturbation = (sigma * torch.randn_like(sigma)).to(dtype)
+        self.signs = [_random_signs(number, size, self.perturbation) for size in sigma.shape or (1,)]
 
 
 class Moments:
@@ -81,9 +81,10 @@ class Moments:
         """The same, at an operation whose rows are these examples'."""
         return Moments(self.mu, self.sigma, examples, self._kept, self._transposed)
 
-    def keeping(self) -> "Moments":
-        """The same, with one noise for all its uses in a call."""
-        return Moments(self.mu, self.sigma, self.examples, Kept(self.sigma, self.mu.dtype), self._transposed)
+    def keeping(self, number: int) -> "Moments":
+        """The same, with one noise for all its uses in a call of so many examples."""
+        kept = Kept(self.sigma, self.mu.dtype, number)
+        return Moments(self.mu, self.sigma, self.examples, kept, self._transposed)
 
     @property
     def shape(self) -> torch.Size:
@@ -103,7 +104,7 @@ class Moments:
         """sigma·eps, eps ~ N(0, 1), in the network's dtype."""
         if self._kept is None:
             return (self.sigma * torch.randn_like(self.sigma)).to(self.mu.dtype)
-        kept = self._kept.perturbation()
+        kept = self._kept.perturbation
         return (kept.T if self._transposed else kept).to(self.mu.dtype)
 
     @property
@@ -113,11 +114,9 @@ class Moments:
 
     def signs(self, axis: int) -> Tensor:
         """Random signs `(B, size of the axis)` in the network's dtype, by example and index of the parameter's axis."""
-        size = self.mu.shape[axis] if self.mu.dim() else 1
         if self._kept is None:
-            return _random_signs(self.examples.number, size, self.mu)
-        own = 1 - axis if self._transposed else axis
-        return self._kept.signs(own, self.examples.number, size).to(self.mu.dtype)
+            return _random_signs(self.examples.number, self.mu.shape[axis] if self.mu.dim() else 1, self.mu)
+        return self._kept.signs[1 - axis if self._transposed else axis].to(self.mu.dtype)
 
     def flip(self, like: Tensor, axis: int, dim: int) -> Tensor | float:
         """What `like`, whose channels at `dim` are the parameter's `axis`, is to be multiplied with: signs.

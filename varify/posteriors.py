@@ -110,10 +110,14 @@ class GaussianPosterior:
         """One draw, `(*shape)`, in the network's dtype, differentiable in mu and rho."""
         return self.at(self.noise()).to(self.mu.dtype)
 
-    def moments(self, *, keeping: bool = False) -> Moments:
-        """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator; `keeping`: see `Kept`."""
+    def moments(self, *, keeping: int | None = None) -> Moments:
+        """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator.
+
+        Args:
+            keeping: keep one noise for all uses in a call of so many examples; see `varify.moments.Kept`.
+        """
         moments = Moments(self.mean.to(self.mu.dtype), self.sigma)
-        return moments.keeping() if keeping else moments
+        return moments if keeping is None else moments.keeping(keeping)
 
     def entropy(self) -> Tensor:
         """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""

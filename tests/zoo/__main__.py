@@ -15,12 +15,15 @@ HEAD = """# The zoo
 Random weights, small inputs. For each architecture: `varify.variationalize` converts it; with sigma = 0 its outputs,
 gradients and buffers equal the original's in train and in eval mode, from the same random state; with sigma > 0 the
 gradient reaches every mu and rho of a parameter that the original's reaches; the KL is finite; copies, pickles (where
-the original pickles) and the state dict keep everything; `predict` gives the same draws vectorised and in a loop;
-`mean_model()` is the original. `pytest tests/test_zoo.py` asserts it, `python -m tests.zoo` wrote this table.
+the original pickles) and the state dict keep everything; `predict` gives the same draws vectorized and in a loop;
+`mean_model()` is the original. With `estimator="auto"`, too, outputs, gradients and buffers are the original's at
+sigma = 0, in the first training call and in the second; and the graph that the torch.fx pass makes of a recorded call,
+run from the same random state, returns bitwise what the network returns. `pytest tests/test_zoo.py` asserts it,
+`python -m tests.zoo` wrote this table.
 
-"opaque" tells what torch.fx could not follow, and so runs as it is with drawn weights: single modules (most often
-BatchNorm, dropout and attention), or the network as a whole. "predict" tells whether `torch.func.vmap` can run all
-draws at once or they run one by one.
+"sight" is the share of the variational weights that a rule of an estimator reaches under "auto"; for the others the
+last column has the reasons why they are drawn. "predict" tells whether `torch.func.vmap` can run all draws at once or
+they run one by one.
 """
 
 
@@ -46,19 +49,22 @@ def told(records: dict[str, list[Record]]) -> str:
         f"{datetime.date.today():%B %Y}, {platform.machine()}, Python {platform.python_version()}, {versions}.",
         "",
     ]
-    lines += ["| group | architectures | all checks hold | predicted at once |", "| --- | --- | --- | --- |"]
+    lines += ["| group | architectures | all checks hold | predicted at once | sight, over all weights |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
     for group, found in records.items():
         good, at_once = sum(not r.failures for r in found), sum(r.predicts == "at once" for r in found)
-        lines.append(f"| {group} | {len(found)} | {good} ({good / len(found):.0%}) | {at_once} |")
+        sight = sum(r.seen for r in found) / sum(r.variational for r in found)
+        lines.append(f"| {group} | {len(found)} | {good} ({good / len(found):.0%}) | {at_once} | {sight:.3f} |")
     failures = [(r.name, *failure) for found in records.values() for r in found for failure in r.failures.items()]
     lines += ["", "Failures: " + ("none." if not failures else "")]
     lines += [f"- {name}: {what}: {why}" for name, what, why in failures]
     for group, found in records.items():
-        lines += ["", f"## {group}", "", "| architecture | parameters | opaque | predict | pickles |"]
-        lines.append("| --- | --- | --- | --- | --- |")
+        lines += ["", f"## {group}", "", "| architecture | parameters | sight | predict | pickles | drawn, because |"]
+        lines.append("| --- | --- | --- | --- | --- | --- |")
         for r in found:
             pickles = "yes" if r.pickles else "as the original, no"
-            lines.append(f"| {r.name} | {r.parameters:,} | {r.opaque} | {r.predicts} | {pickles} |")
+            why = "; ".join(dict.fromkeys(r.drawn.values()))
+            lines.append(f"| {r.name} | {r.parameters:,} | {r.sight:.3f} | {r.predicts} | {pickles} | {why} |")
     return "\n".join(lines) + "\n"
 
 

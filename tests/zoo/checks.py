@@ -39,6 +39,11 @@ class Record:
     seconds: float = 0.0
     failures: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def sight(self) -> float:
+        """Share of the variational weights that a rule reaches."""
+        return self.seen / max(1, self.variational)
+
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
         try:
@@ -137,16 +142,28 @@ def examine_with_estimators(record: Record, network: nn.Module, call: Call) -> N
         vnet.train()(*copy.deepcopy(call)[0], **copy.deepcopy(call)[1])
         args, kwargs = seeded_call(call)
         graph = copy.deepcopy(vnet).graph(*args, **kwargs)
-        args, kwargs = seeded_call(call)
-        output = vnet(*args, **kwargs)
-        args, kwargs = seeded_call(call)
-        again = graph(*{id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values())
-        assert_equal(list(again), [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
+        assert any(_runs_alike(graph, vnet, call, seed) for seed in range(4 if graph.meta["decided"] else 1))
     with record.noting("what rules reach"):
         (plan,) = vnet._slots().plans.values()
         sizes = {name: q.mu.numel() for name, q in vnet.posteriors.items()}
         record.seen = sum(sizes[name] for name, decision in plan.decisions.items() if decision.uses)
         record.drawn = {name: decision.why for name, decision in plan.decisions.items() if not decision.uses}
+
+
+def _runs_alike(graph: nn.Module, vnet: varify.VariationalModule, call: Call, seed: int) -> bool:
+    """Bitwise; random numbers may decide otherwise in the run than they did in the record, as LayerDrop has them do."""
+    args, kwargs = seeded_call(call, seed)
+    output = vnet(*args, **kwargs)
+    args, kwargs = seeded_call(call, seed)
+    again = graph(*{id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}.values())
+    found = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    assert len(found) == len(again)
+    return all(
+        torch.equal(one, other)
+        or (one.isnan() == other.isnan()).all()
+        and torch.equal(one.nan_to_num(), other.nan_to_num())
+        for one, other in zip(found, again, strict=True)
+    )
 
 
 def _gradients_of(network: nn.Module, module: nn.Module, call: Call) -> tuple[list[Any], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from varify.errors import EstimatorError
 from varify.estimators import Rule, check, find
 from varify.graph.examples import find_examples
 from varify.graph.planning import Decision, decide, uses_of
-from varify.graph.views import view
+from varify.graph.views import view_moments
 from varify.moments import Examples
 from varify.posteriors import GaussianPosterior
 
@@ -90,7 +90,7 @@ def put(
             label = name.replace(".", "_")
             q = graph.create_node("call_function", operator.getitem, (source, name), name=f"q_{label}")
             if name in estimated:
-                kept: dict[str, Any] = {"keeping": True} if decisions[name].keeps else {}
+                kept: dict[str, Any] = {"keeping": _number(decisions[name])} if decisions[name].keeps else {}
                 stand_ins[name] = graph.create_node("call_method", "moments", (q,), kept, name=label)
             else:
                 stand_ins[name] = graph.create_node("call_method", "rsample", (q,), name=label)
@@ -102,9 +102,13 @@ def put(
     module.recompile()
 
 
+def _number(decision: Decision) -> int:
+    return max(examples.number for _, examples in decision.uses)
+
+
 def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
     met: dict[fx.Node, tuple[Rule, Examples]] = {}
-    viewed: set[fx.Node] = set()
+    viewed: dict[fx.Node, fx.Node] = {}
     for decision in decisions.values():
         for use, examples in decision.uses:
             rule = find(decision.estimator, use.operation)
@@ -118,21 +122,25 @@ def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
         graph.erase_node(node)
 
 
-def _view_moments(graph: fx.Graph, node: fx.Node, steps: int, viewed: set[fx.Node]) -> None:
-    """Make the views on the way from a parameter to an operation views of its moments."""
+def _view_moments(graph: fx.Graph, node: fx.Node, steps: int, viewed: dict[fx.Node, fx.Node]) -> None:
+    """Make the views on the way from a parameter to an operation views of its moments; `viewed`: those made so far."""
     for _ in range(steps):
+        node = viewed.get(node, node)
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        of_tuple = _name(source) in ("chunk", "split", "unbind")
-        if node not in viewed and not of_tuple:
-            viewed.add(node)
+        if node.target is not view_moments and not _makes_parts(source):
             name, *further = (str(node.args[1]),) if node.target is getattr else (_name(node), *node.args[1:])
             with graph.inserting_before(node):
-                new = graph.call_function(view, (source, name, *further), node.kwargs)
+                new = graph.call_function(view_moments, (source, name, *further), node.kwargs)
             node.replace_all_uses_with(new)
-            new.meta.update(node.meta)
             graph.erase_node(node)
+            viewed[node] = new
         node = source
+
+
+def _makes_parts(node: fx.Node) -> bool:
+    name = node.args[1] if node.target is view_moments else _name(node)
+    return name in ("chunk", "split", "unbind")
 
 
 def _name(node: fx.Node) -> str:

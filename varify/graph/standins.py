@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from varify.estimators import Rule, canonical, find, has_rule
 from varify.graph.planning import Decision, is_once
 from varify.graph.recording import inside
-from varify.graph.views import PROPERTIES, Path, step, view, view_tensor
+from varify.graph.views import PROPERTIES, Path, step, view_moments, view_tensor
 from varify.moments import Examples, Moments
 from varify.posteriors import GaussianPosterior
 from varify.view import Discarded
@@ -64,7 +64,7 @@ class Cell:
         self._draw: Tensor | None = None
         self._gradients = torch.is_grad_enabled()
         self.over = False
-        self.moments = q.moments(keeping=self._keeps)
+        self.moments = q.moments(keeping=(count or 1) if self._keeps else None)
 
     def stand_in(self) -> Any:
         """What is put in the place of the parameter."""
@@ -192,7 +192,7 @@ class _StandIn(Tensor):
         def again(draw: Tensor) -> Any:
             return view_tensor(self._again(draw), name, *args, **kwargs)
 
-        found = view(self.moments, name, *args, **kwargs)
+        found = view_moments(self.moments, name, *args, **kwargs)
         if isinstance(found, Moments) and found.mu is self.moments.mu:
             return self  # nothing was done, as by `.contiguous()` of what is so
         if isinstance(found, tuple):

@@ -33,7 +33,7 @@ def step(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[s
     return name, repr(tuple(tuple(one) if isinstance(one, torch.Size) else one for one in further))
 
 
-def view(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
+def view_moments(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
     """A view of moments; a tuple of them where the operation makes several parts."""
     if name in CASTS:
         mu = getattr(moments.mu, name)(*args, **kwargs)
