@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import varify
-from varify.copies import copy_network, foreign_parameters
+from varify.copies import copy_network
 from varify.reachable import children, reachable, replaced
 
 GLOBAL = nn.Linear(3, 3)  # which functions here know by this name
@@ -354,12 +354,6 @@ def test_computed_tensors_are_found_wherever_they_are() -> None:
     assert torch.equal(copied.helper.cached[0], net.weight * 3)
     assert torch.equal(copied.helper.cached[1].function, net.weight * 4)
     assert copied.recent[0].is_leaf
-
-
-def test_foreign_parameters_are_found_in_closures() -> None:
-    layer, other = nn.Linear(3, 3), nn.Linear(3, 3)
-    layer.act = functools.partial(lambda x: other(x))
-    assert set(foreign_parameters(layer)) == set(other.parameters())
 
 
 class Watchful:

@@ -14,7 +14,6 @@ from tests.zoo import GROUPS, torch_layers
 from tests.zoo.checks import examine
 from tests.zoo.entries import Entry
 
-
 TABLE = (Path(__file__).parent / "zoo" / "README.md").read_text()
 SIGHT = {name: float(seen) for name, seen in re.findall(r"^\| (.+?) \| [\d,]+ \| ([\d.]+) \|", TABLE, re.MULTILINE)}
 

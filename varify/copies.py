@@ -1,4 +1,4 @@
-"""Copies of a network: a faithful one, and a weightless one to trace.
+"""Copies of a network: a faithful one, and a weightless one to try things on.
 
 `copy.deepcopy` takes functions as they are. One that leads back to the network it is kept in (`self.act = lambda x:
 self.a(x)`, a closure for a hook) would run the original, so the copy gets functions that lead to the copy.
@@ -9,7 +9,7 @@ import dis
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
@@ -68,13 +68,6 @@ def weightless_copy(network: M) -> M:
         empty = torch.empty_like(tensor.detach(), device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return _copied(network, holdings, memo, strict=False)
-
-
-def foreign_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those that a module holds otherwise than as its own: in containers, helper objects and closures, at any depth."""
-    own = {id(m) for m in module.modules()} | {id(p) for p in module.parameters()}
-    held = [part for m in module.modules() for part in children(m)]
-    return (found for found in reachable(held, seen=own) if _is_tensor(found) and isinstance(found, nn.Parameter))
 
 
 class Holdings:

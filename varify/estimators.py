@@ -30,12 +30,15 @@ TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpo
 
 
 def canonical(operation: Any) -> Any:
-    """What rules are kept under: `torch.add`, `operator.add` and the method "add" are one operation, "add"."""
+    """What rules are kept under: `torch.add`, `operator.add`, and the method "add" are one operation, "add"."""
+    if isinstance(operation, torch._ops.OpOverload):  # of a graph of torch.export
+        operation = _OF_ATEN.get(operation.overloadpacket.__name__, operation)
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
     return name if name in _BY_NAME else operation
 
 
 _BY_NAME = frozenset({"add", "addmm", "matmul", "mm", "mul"})
+_OF_ATEN = {op.__name__: op for op in (*LINEAR, *CONVOLUTIONS)} | {name: name for name in _BY_NAME}
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,7 @@ def _runs_alike(graph: nn.Module, vnet: varify.VariationalModule, call: Call, se
     assert len(found) == len(again)
     return all(
         torch.equal(one, other)
-        or (one.isnan() == other.isnan()).all()
-        and torch.equal(one.nan_to_num(), other.nan_to_num())
+        or ((one.isnan() == other.isnan()).all() and torch.equal(one.nan_to_num(), other.nan_to_num()))
         for one, other in zip(found, again, strict=True)
     )
 

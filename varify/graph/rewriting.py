@@ -1,5 +1,6 @@
 """The pass itself: a graph whose parameters are posteriors."""
 
+import copy
 import functools
 import operator
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def rewrite(
             its `get_attr` nodes, or are within modules that it calls and that torch.fx can trace. It is not changed.
         posteriors: by the parameter's name there, such as `vnet.posteriors`.
         estimators: one for all, or by name.
-        inputs: tensors to call it with. Flipout and "auto" need them, to find out which rows belong to one example.
+        inputs: tensors to call it with, which estimators need, to find out which rows belong to one example.
         batch_dim: the dimension of `inputs` that counts examples.
         strict: raise where an estimator can't be had, in place of drawing the weights.
 
@@ -41,20 +42,22 @@ def rewrite(
         A runnable module: each call draws afresh. `meta["decisions"]` has the `Decision` of each parameter.
 
     Raises:
-        EstimatorError: an unknown estimator; see `strict`.
+        EstimatorError: an unknown estimator, or one without inputs; a module with posteriors that torch.fx can't
+            trace; see `strict`.
     """
     chosen = {n: check(estimators if isinstance(estimators, str) else estimators.get(n, "weights")) for n in posteriors}
+    if not inputs and set(chosen.values()) != {"weights"}:
+        raise EstimatorError("an estimator needs inputs=(...), tensors to find out with which rows are one example's")
     new = fx.GraphModule(graph_module, _inlined(graph_module, set(posteriors)))
     parameters = {n.target: n for n in new.graph.nodes if n.op == "get_attr" and n.target in posteriors}
     uses = {str(name): uses_of(node) for name, node in parameters.items()}
     nodes = [use.node for name in uses if chosen[name] != "weights" for use in uses[name]]
-    given = dict(zip((n.name for n in new.graph.nodes if n.op == "placeholder"), inputs, strict=False))
-    if given:
+    examples: dict[fx.Node, Examples | None] = {}
+    if nodes:
+        given = dict(zip((n.name for n in new.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         _learn_shapes(new, inputs)
-        values = {str(n.target): _attribute(new, str(n.target)) for n in new.graph.nodes if n.op == "get_attr"}
-        examples = find_examples(new.graph, values, given, nodes, batch_dim)
-    else:
-        examples = dict.fromkeys(nodes)
+        held = {str(n.target): _held(new, n) for n in new.graph.nodes if n.op in ("get_attr", "call_module")}
+        examples = find_examples(new.graph, held, given, nodes, batch_dim)
     decisions = decide(uses, chosen, examples)
     refuse(decisions, strict)
     put(new, parameters, decisions, posteriors)
@@ -196,17 +199,36 @@ def _called(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict
 
 
 class _Shapes(fx.Interpreter):
+    """Notes the shapes of what it runs, by node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[str, tuple[int, ...]] = {}
+
     def run_node(self, n: fx.Node) -> Any:
+        """Run it and note its shape."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
+            self.found[n.name] = tuple(result.shape)
         return result
 
 
 def _learn_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    shapes = _Shapes(copy.deepcopy(module))  # batch normalization counts its calls
     with torch.no_grad(), torch.random.fork_rng([t.device.index for t in inputs if t.is_cuda]):
-        _Shapes(module).run(*inputs)
+        shapes.run(*inputs)
+    for node in module.graph.nodes:
+        if node.name in shapes.found:
+            node.meta["shape"] = shapes.found[node.name]
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
-    return functools.reduce(getattr, path.split("."), module)
+def _held(module: nn.Module, node: fx.Node) -> Any:
+    """What a node gets or calls; a module in a copy, with batch normalization in eval, where rows are their own."""
+    held = functools.reduce(getattr, str(node.target).split("."), module)
+    if node.op == "get_attr":
+        return held
+    held = copy.deepcopy(held)
+    for part in held.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+    return held
