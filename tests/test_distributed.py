@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import varify
 
@@ -199,3 +200,59 @@ def test_fsdp_matches_one_process_and_gathers_its_state(fsdp: list[Any]) -> None
             torch.testing.assert_close(found[what], fsdp[0][f"plain {what}"], rtol=1e-4, atol=1e-4)
         assert found["drawn"].shape == (8, 2)
         assert found["predicted"].std(0).all()
+
+
+# --- estimators
+
+
+class Recorded(nn.Module):
+    """With a block that torch recomputes, and batch normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(5)
+        self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(torch.tanh(self.first(x)))
+        h = checkpoint(lambda t: torch.dropout(torch.tanh(self.inner(t)), 0.2, True), h, use_reentrant=False)
+        return self.out(h.mean(1))
+
+
+def with_estimators(rank: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    for way in ("ddp", "fsdp"):
+        torch.manual_seed(rank)
+        vnet = varify.variationalize(Recorded(), estimator="auto", strict=True)
+        if way == "ddp":
+            network: nn.Module = nn.parallel.DistributedDataParallel(vnet)
+        else:
+            network = vnet
+            fully_shard(vnet, mesh=dist.init_device_mesh("cpu", (RANKS,)))
+        optimizer = torch.optim.Adam(vnet.parameters(), lr=0.01)
+        for step in range(4):
+            torch.manual_seed(10 * step + rank)
+            x, y = batch()
+            optimizer.zero_grad()
+            (F.mse_loss(network(x[rows(rank)]), y[rows(rank)]) + vnet.prior_loss() / NUM_DATA).backward()
+            optimizer.step()
+        plans = vnet._slots().plans.values()
+        found[f"{way} plans"] = len(plans)
+        found[f"{way} estimators"] = {n: d.estimator for plan in plans for n, d in plan.decisions.items()}
+        whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in vnet.named_parameters()}
+        found[way] = {n: p.detach().clone() for n, p in whole.items()}
+    return found
+
+
+def test_estimators_are_planned_once_a_rank_and_alike(tmp_path: Path) -> None:
+    ranks = in_two_processes(with_estimators, tmp_path)
+    for way in ("ddp", "fsdp"):
+        assert ranks[0][f"{way} plans"] == ranks[1][f"{way} plans"] == 1
+        assert ranks[0][f"{way} estimators"] == ranks[1][f"{way} estimators"]
+        assert ranks[0][f"{way} estimators"]["first.weight"] == "flipout"
+        assert ranks[0][f"{way} estimators"]["out.weight"] == "local"
+        for name, value in ranks[0][way].items():
+            assert value.isfinite().all()
+            assert torch.equal(value, ranks[1][way][name]), name
