@@ -13,7 +13,7 @@ from torch.func import functional_call
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.checkpoints import restored
 from varify.copies import copy_network, weightless_copy
-from varify.draws import Draws, many
+from varify.draws import Draws, autocast_acts, many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.graph.examples import count_of
 from varify.graph.plans import Plan, Record, in_transform, record, run_planned
@@ -256,17 +256,18 @@ class VariationalModule(nn.Module):
                 return slots.apart.run(call, theta, training=False, buffers=buffers)
 
             kind = kind_of_call(args, kwargs)
-            slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module)
+            slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module) or autocast_acts()
             draws = many(
                 run,
                 lambda: draw(self._posteriors(), self._noise),
                 n_samples,
                 vectorize,
                 slow=slow,
-                watch=not slots.keeps_nothing,
+                watch=kind not in slots.vectorized,
             )
-        slots.keeps_nothing |= draws.keeps is False
-        if not (slow or draws.vectorized or draws.keeps) and vectorize is None:
+        if draws.agrees:
+            slots.vectorized.add(kind)
+        if not (slow or draws.vectorized or draws.keeps) and vectorize is None and n_samples > 1:
             slots.sequential.add(kind)  # it would fail again
         return draws
 
