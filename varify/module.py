@@ -293,13 +293,18 @@ class VariationalModule(nn.Module):
         Args:
             noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
         """
+        with ExitStack() as stack:
+            for part in variational_parts(self):
+                stack.enter_context(part.own_noise(dict(noise or {}) if part is self else {}))
+            yield
+
+    @contextmanager
+    def own_noise(self, noise: dict[str, Tensor]) -> Iterator[None]:
+        """`fixed_draw`, but variational modules within keep theirs; `noise` itself gets what is missing."""
         before = self._noise, self._seed
-        self._noise, self._seed = dict(noise or {}), None
+        self._noise, self._seed = noise, None
         try:
-            with ExitStack() as stack:
-                for part in variational_parts(self.module):
-                    stack.enter_context(part.fixed_draw())
-                yield
+            yield
         finally:
             self._noise, self._seed = before
 
