@@ -545,6 +545,10 @@ class VariationalModule(nn.Module):
         """What a copy of this module has of its own: what was found out is found out again; contexts end here."""
         return {"_found": None, "_noise": None, "_seed": None, "_sampling": []}
 
+    def state_of_a_view(self) -> dict[str, Any]:
+        """What a view of this module has in a call: the contexts of the moment, of which it may enter more."""
+        return {"_noise": self._noise, "_seed": self._seed, "_sampling": list(self._sampling)}
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **self.state_of_a_copy()}
 
