@@ -138,7 +138,7 @@ class VariationalModule(nn.Module):
         slots, posteriors = self._slots(), self._posteriors()
         inputs = placeholders(args, kwargs)
         count = count_of(inputs, self._batch_dim)
-        kind = (kind_of_call(args, kwargs), count == 1)
+        kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())  # a forward may ask for either
         if kind not in slots.plans:
             return self._first_of_its_kind(kind, inputs, args, kwargs)
         return run_planned(slots.plans[kind], slots.views, posteriors, count, lambda network: network(*args, **kwargs))
