@@ -138,7 +138,8 @@ class VariationalModule(nn.Module):
         slots, posteriors = self._slots(), self._posteriors()
         inputs = placeholders(args, kwargs)
         count = count_of(inputs, self._batch_dim)
-        kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())  # a forward may ask for either
+        # without gradients a forward may take another branch
+        kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())
         if kind not in slots.plans:
             return self._first_of_its_kind(kind, inputs, args, kwargs)
         return run_planned(slots.plans[kind], slots.views, posteriors, count, lambda network: network(*args, **kwargs))
@@ -156,7 +157,7 @@ class VariationalModule(nn.Module):
             return slots.views.run(call, theta)
         output, found = slots.views.run(lambda network: record(network, call, inputs, slots.sites), theta)
         plan = Plan(found, self._estimators, self._batch_dim)
-        refuse(plan.decisions, self._strict)
+        refuse(plan.decisions, self._strict and torch.is_grad_enabled())
         slots.plans[kind] = plan
         return output
 
