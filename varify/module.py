@@ -232,7 +232,8 @@ class VariationalModule(nn.Module):
             kwargs: of the network.
 
         Returns:
-            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor.
+            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor;
+            for a nested tensor, a tuple of them.
 
         Raises:
             ValueError: n_samples < 1.
@@ -527,7 +528,21 @@ class VariationalModule(nn.Module):
                     "Load it as the means: vnet.module.load_state_dict(...)"
                 ) from None
             raise
-        return super().load_state_dict(state_dict, strict, assign)
+        first = places(self.module)
+        before = {place: self.module.get_parameter(place) for place in first}
+        found = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            self._tie_again(first, before)
+        return found
+
+    def _tie_again(self, first: Mapping[str, str], before: Mapping[str, nn.Parameter]) -> None:
+        """Undo that `assign` gives each place of a tied parameter a tensor of its own."""
+        now = {place: self.module.get_parameter(place) for place in first}
+        new = {first[place]: p for place, p in reversed(now.items()) if p is not before[place]}
+        for place, name in first.items():
+            if name in new and now[place] is not new[name]:
+                path, _, attr = place.rpartition(".")
+                setattr(self.module.get_submodule(path), attr, new[name])
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """Those of the network. The hyper-parameters of priors and the masks are the variational module's settings.
