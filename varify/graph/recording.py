@@ -31,6 +31,11 @@ class Shape(tuple[int, ...]):
     __slots__ = ()
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it is neither sparse nor nested nor of any other kind that few operations take."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 class Recording(TorchFunctionMode):
     """Records the calls within it.
 
@@ -79,7 +84,8 @@ class Recording(TorchFunctionMode):
     # --- from values to nodes
 
     def _learn(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta["shape"] = Shape(tensor.shape)
+        node.meta["dense"] = is_dense(tensor)
+        node.meta["shape"] = Shape(() if tensor.is_nested else tensor.shape)  # strided nested ones have none
         node.meta["dtype"] = tensor.dtype
         self._known[id(tensor)] = weakref.ref(tensor), node
 
