@@ -66,7 +66,7 @@ def many(
         chunk = max(1, min(n_samples - len(outputs), BYTES_AT_ONCE // _bytes(thetas[0])))
         thetas += [draw() for _ in range(chunk - 1)]
         if vectorize and watch and not outputs:
-            first, keeps = _watched(run, thetas[0])
+            first, keeps = watched(run, thetas[0])
             alone.append(first)
             vectorize = not keeps
         while thetas:
@@ -167,7 +167,8 @@ class _Watching(TorchFunctionMode):
         except Exception:
             self.refused = True
             raise
-        self._results += [weakref.ref(one) for one in _tensors_in(result)]
+        given = {id(one) for one in (*args, *(kwargs or {}).values())}
+        self._results += [weakref.ref(one) for one in _tensors_in(result) if id(one) not in given]
         return result
 
     def kept(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
@@ -183,11 +184,12 @@ def _tensors_in(result: Any) -> list[Tensor]:
     return [one for one in result if isinstance(one, Tensor)] if isinstance(result, (tuple, list)) else []
 
 
-def _watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
+def watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
     """The output of one draw, and whether the network keeps a tensor of the call beside it."""
     watching = _Watching()
     with watching:
         output = run(theta)
+    output = pytree.tree_map_only(Tensor, Tensor.detach, output)  # others, for the network may keep these as well
     return output, watching.kept((output, list(theta.values())))
 
 

@@ -248,7 +248,8 @@ class VariationalModule(nn.Module):
         """What the network returns in eval mode for each of many draws; see `predict`. What it sets is forgotten."""
         with gathered(self):
             slots = self._slots()
-            buffers: dict[int, Tensor] = {}
+            # copied here and not in the first call, which is watched for tensors that stay alive
+            buffers = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
 
             def call(network: nn.Module) -> Any:
                 with _all_sampling(network):
