@@ -21,7 +21,7 @@ class DescriptionLength:
     """Bits to send the weights under the prior, getting those of the posterior's randomness back, and the data.
 
     Attributes:
-        weights: KL/ln 2 by parameter name.
+        weights: KL/ln 2 by parameter name; of a variational module within the network, after that module's name.
         data: of all labels given the inputs, expected under the posterior.
         num_data: how many.
     """
@@ -84,5 +84,14 @@ def description_length(
         num_data += size
     if not num_data:
         raise ValueError("the loader is empty: there are no data to describe")
-    weights = {name: float(kl) / math.log(2) for name, kl in vnet.kl_divergence().items()}
+    weights = {name: kl / math.log(2) for name, kl in _divergences(vnet).items()}
     return DescriptionLength(weights, nats / math.log(2), num_data)
+
+
+def _divergences(vnet: VariationalModule) -> dict[str, float]:
+    """KL by parameter name, nats, with those of the variational modules within."""
+    found = {name: float(kl) for name, kl in vnet.kl_divergence().items()}
+    for path, part in vnet.module.named_modules():
+        if isinstance(part, VariationalModule):
+            found |= {f"{path}.{name}": float(kl) for name, kl in part.kl_divergence().items()}
+    return found

@@ -25,11 +25,13 @@ class Draws(NamedTuple):
         outputs: one a draw, in order.
         vectorized: whether they ran at once.
         keeps: whether the network was seen to keep tensors of a call, in a list or a cache; None: nobody looked.
+        agrees: whether a draw was seen to have one output by itself and vectorized; None: nobody looked.
     """
 
     outputs: list[Any]
     vectorized: bool
     keeps: bool | None
+    agrees: bool | None
 
 
 def many(
@@ -49,42 +51,78 @@ def many(
         n_samples: how many.
         vectorize: whether to run several at once; None: unless `slow`.
         slow: the network has operations that are slower vectorized.
-        watch: run the first draw by itself, and all others so too if the network keeps a tensor of it: what it would
-            keep of a vectorized run is of no use to anybody.
+        watch: run the first draw by itself, and all others so too if the network keeps a tensor of it (what it would
+            keep of a vectorized run is of no use to anybody), or if the output is another when it is vectorized (as
+            with a random generator of the network's own, whose number all draws of a run would share).
     """
-    vectorize = not slow if vectorize is None else vectorize
+    vectorize = (not slow if vectorize is None else vectorize) and n_samples > 1
     keeps: bool | None = None
+    agrees: bool | None = None
     outputs: list[Any] = []
+    alone: list[Any] = []
     most = n_samples
     while len(outputs) < n_samples:
         thetas = [draw()]
         chunk = max(1, min(n_samples - len(outputs), BYTES_AT_ONCE // _bytes(thetas[0])))
         thetas += [draw() for _ in range(chunk - 1)]
         if vectorize and watch and not outputs:
-            first, keeps = _watched(run, thetas.pop(0))
-            outputs.append(first)
+            first, keeps = watched(run, thetas[0])
+            alone.append(first)
             vectorize = not keeps
         while thetas:
             if not vectorize:
-                outputs += [run(theta) for theta in thetas]
+                outputs += [alone.pop() if alone else run(theta) for theta in thetas]
                 break
             try:
-                outputs += _vectorized(run, thetas[:most])
-                thetas = thetas[most:]
+                found = _vectorized(run, thetas[:most])
+                if alone:
+                    vectorize = agrees = _agree(found[0], alone[0])
+                if vectorize:
+                    alone.clear()
+                    outputs += found
+                    thetas = thetas[most:]
             except torch.OutOfMemoryError:
                 if most == 1:
                     raise
                 most = max(1, min(most, len(thetas)) // 2)
             except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
                 vectorize = False
-    return Draws(outputs, vectorize, keeps)
+    return Draws(outputs, vectorize, keeps, agrees)
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
+    return spec == other_spec and all(map(_alike, leaves, others))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return bool(one == other)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if not (one.is_floating_point() or one.is_complex()) or not one.numel():
+        return torch.equal(one, other)
+    rounding = torch.finfo(one.dtype).eps ** 0.5
+    scale = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return torch.allclose(one, other, rounding, rounding * scale, equal_nan=True)
+
+
+def autocast_acts() -> bool:
+    """Whether autocast is on, which vmap does not follow: the outputs of some operations have another type in it."""
+    return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
-    """`torch.func.vmap` that raises where a loop is the better way: an operation is random or has no batching rule."""
+    """`torch.func.vmap` that raises where a loop is the better way.
+
+    That is where an operation is random or has no batching rule, and where autocast is on.
+    """
     mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
 
     def run(*args: Any) -> Any:
+        if autocast_acts():
+            raise RuntimeError("autocast is on")
         with _WITHOUT_FALLBACK:
             return mapped(*args)
 
@@ -129,7 +167,8 @@ class _Watching(TorchFunctionMode):
         except Exception:
             self.refused = True
             raise
-        self._results += [weakref.ref(one) for one in _tensors_in(result)]
+        given = {id(one) for one in (*args, *(kwargs or {}).values())}
+        self._results += [weakref.ref(one) for one in _tensors_in(result) if id(one) not in given]
         return result
 
     def kept(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
@@ -145,11 +184,12 @@ def _tensors_in(result: Any) -> list[Tensor]:
     return [one for one in result if isinstance(one, Tensor)] if isinstance(result, (tuple, list)) else []
 
 
-def _watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
+def watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
     """The output of one draw, and whether the network keeps a tensor of the call beside it."""
     watching = _Watching()
     with watching:
         output = run(theta)
+    output = pytree.tree_map_only(Tensor, Tensor.detach, output)  # others, for the network may keep these as well
     return output, watching.kept((output, list(theta.values())))
 
 

@@ -1,6 +1,6 @@
 """Posteriors and priors from data or from the means alone, without gradient descent."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
 from varify.batches import Batch, Splitter
-from varify.draws import vectorized
+from varify.draws import vectorized, watched
 from varify.errors import PriorError
 from varify.module import VariationalModule
 from varify.objective import Criterion, scalar
@@ -91,7 +91,7 @@ def _curvature(
     # not mu itself, which momentum may have moved where a weight is pruned
     means = {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
-    seen = 0
+    seen, of_one = 0, _OfOne(vnet, criterion, curvature)
     for inputs, targets in loader:
         batch = splitter.split(inputs, targets)
         if not batch.size:
@@ -99,7 +99,6 @@ def _curvature(
         seen += batch.size
         if seen > num_data:
             raise ValueError(f"num_data={num_data}, but the loader gave {seen} data already")
-        of_one = _per_datum(vnet, criterion, batch, curvature)
         for square in _over_data(of_one, means, batch):
             for name in total:
                 total[name] += square[name]
@@ -108,43 +107,71 @@ def _curvature(
     return total, seen
 
 
-def _per_datum(
-    vnet: VariationalModule, criterion: Criterion, batch: Batch, curvature: str
-) -> Callable[[Weights, Any], Squares]:
-    """The function from weights and a batch of one, (args, kwargs, targets), to the squares by parameter."""
-    function = vnet.function_of_weights(training=False)
+class _OfOne:
+    """From weights and a batch of one, (args, kwargs, targets), to the squares by parameter."""
 
-    def output(theta: Weights, one: Any) -> Any:
-        args, kwargs, _ = one
-        return function(theta, *args, **kwargs)
+    def __init__(self, vnet: VariationalModule, criterion: Criterion, curvature: str) -> None:
+        self._function, self._criterion = vnet.function_of_weights(training=False), criterion
+        self._fisher = curvature == "fisher"
+        self._keeps: bool | None = None
 
-    def fisher(theta: Weights, one: Any) -> Squares:
-        gradients = grad(lambda w: scalar(criterion(output(w, one), one[2])))(theta)
-        return {name: g.square() for name, g in gradients.items()}
+    def keeps(self, theta: Weights, one: Any) -> bool:
+        """Whether the network keeps tensors of a call, in a list or by a hook; those of a transform are of no use."""
+        if self._keeps is None:
+            _, self._keeps = watched(lambda theta: self._output(theta, one), theta)
+        return self._keeps
 
-    def ggn(theta: Weights, one: Any) -> Squares:
-        found, pull_back = vjp(lambda w: output(w, one), theta)  # type: ignore[misc]
-        if not isinstance(found, Tensor):
-            raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
-        second = jacrev(jacrev(lambda y: scalar(criterion(y, one[2]))))(found).reshape(found.numel(), found.numel())
-        # H = L Lᵀ, so that the diagonal of Jᵀ H J is the sum of squares of Jᵀ L's rows
-        values, vectors = torch.linalg.eigh(second)
-        roots = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
-        (columns,) = torch.func.vmap(pull_back)(roots)
+    def transformed(self, theta: Weights, one: Any) -> Squares:
+        """By torch.func, such that it can be vectorized."""
+        if self._fisher:
+            gradients = grad(lambda w: self._loss(self._output(w, one), one))(theta)
+            return {name: g.square() for name, g in gradients.items()}
+        found, pull_back = vjp(lambda w: self._output(w, one), theta)  # type: ignore[misc]
+        (columns,) = torch.func.vmap(pull_back)(self._roots(found, one))
         return {name: c.square().sum(0) for name, c in columns.items()}
 
-    return fisher if curvature == "fisher" else ggn
+    @torch.enable_grad()
+    def alone(self, theta: Weights, one: Any) -> Squares:
+        """The same by torch.autograd, which takes every network that trains."""
+        leaves = {name: t.detach().requires_grad_() for name, t in theta.items()}
+        found = self._output(leaves, one)
+        found = self._loss(found, one) if self._fisher else found
+        squares = {name: torch.zeros_like(t) for name, t in theta.items()}
+        roots = torch.ones((1,)).to(found) if self._fisher else self._roots(found, one)
+        for root in roots if found.requires_grad else ():
+            gradients = torch.autograd.grad(
+                found, list(leaves.values()), root, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            squares = {name: squares[name] + g.square() for name, g in zip(leaves, gradients, strict=True)}
+        return squares
+
+    def _output(self, theta: Weights, one: Any) -> Any:
+        args, kwargs, _ = one
+        return self._function(theta, *args, **kwargs)
+
+    def _loss(self, found: Any, one: Any) -> Tensor:
+        return scalar(self._criterion(found, one[2]))
+
+    def _roots(self, found: Any, one: Any) -> Tensor:
+        """The columns of L, with H = L Lᵀ the Hessian of the loss, so that diag(Jᵀ H J) sums squares of Jᵀ L's rows."""
+        if not isinstance(found, Tensor):
+            raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
+        second = jacrev(jacrev(lambda y: self._loss(y, one)))(found.detach())
+        values, vectors = torch.linalg.eigh(second.reshape(found.numel(), found.numel()))
+        roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
+        return roots
 
 
-def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch: Batch) -> Iterator[Squares]:
+def _over_data(of_one: _OfOne, means: Weights, batch: Batch) -> Iterator[Squares]:
     """Sums over parts of the batch: vectorized where the operations allow it, else one datum at a time."""
-    if batch.size == 1:
-        yield of_one(means, batch.datum(0))
+    if batch.size == 1 or of_one.keeps(means, batch.datum(0)):
+        for i in range(batch.size):
+            yield of_one.alone(means, batch.datum(i))
         return
     columns, dims = batch.columns(), [0 if n else None for n in batch.entries]
 
     def of_row(*row: Any) -> Squares:
-        return of_one(means, batch.of(row))
+        return of_one.transformed(means, batch.of(row))
 
     chunk = max(1, BYTES_AT_ONCE // max(1, sum(4 * mu.numel() for mu in means.values())))
     for start in range(0, batch.size, chunk):
@@ -154,7 +181,7 @@ def _over_data(of_one: Callable[[Weights, Any], Squares], means: Weights, batch:
             yield {name: square.sum(0) for name, square in squares.items()}
         except Exception:  # no batching rule; an error of the user's own comes again below
             for i in range(start, min(start + chunk, batch.size)):
-                yield of_one(means, batch.datum(i))
+                yield of_one.alone(means, batch.datum(i))
 
 
 @torch.no_grad()

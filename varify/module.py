@@ -13,7 +13,7 @@ from torch.func import functional_call
 from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.checkpoints import restored
 from varify.copies import copy_network, weightless_copy
-from varify.draws import Draws, many
+from varify.draws import Draws, autocast_acts, many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.graph.examples import count_of
 from varify.graph.plans import Plan, Record, in_transform, record, run_planned
@@ -138,7 +138,8 @@ class VariationalModule(nn.Module):
         slots, posteriors = self._slots(), self._posteriors()
         inputs = placeholders(args, kwargs)
         count = count_of(inputs, self._batch_dim)
-        kind = (kind_of_call(args, kwargs), count == 1)
+        # without gradients a forward may take another branch
+        kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())
         if kind not in slots.plans:
             return self._first_of_its_kind(kind, inputs, args, kwargs)
         return run_planned(slots.plans[kind], slots.views, posteriors, count, lambda network: network(*args, **kwargs))
@@ -156,7 +157,7 @@ class VariationalModule(nn.Module):
             return slots.views.run(call, theta)
         output, found = slots.views.run(lambda network: record(network, call, inputs, slots.sites), theta)
         plan = Plan(found, self._estimators, self._batch_dim)
-        refuse(plan.decisions, self._strict)
+        refuse(plan.decisions, self._strict and torch.is_grad_enabled())
         slots.plans[kind] = plan
         return output
 
@@ -231,7 +232,8 @@ class VariationalModule(nn.Module):
             kwargs: of the network.
 
         Returns:
-            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor.
+            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor;
+            for a nested tensor, a tuple of them.
 
         Raises:
             ValueError: n_samples < 1.
@@ -246,7 +248,8 @@ class VariationalModule(nn.Module):
         """What the network returns in eval mode for each of many draws; see `predict`. What it sets is forgotten."""
         with gathered(self):
             slots = self._slots()
-            buffers: dict[int, Tensor] = {}
+            # copied here and not in the first call, which is watched for tensors that stay alive
+            buffers = {id(buffer): buffer.clone() for buffer in self.module.buffers()}
 
             def call(network: nn.Module) -> Any:
                 with _all_sampling(network):
@@ -256,17 +259,18 @@ class VariationalModule(nn.Module):
                 return slots.apart.run(call, theta, training=False, buffers=buffers)
 
             kind = kind_of_call(args, kwargs)
-            slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module)
+            slow = self._slow_vectorized() or kind in slots.sequential or has_hooks(self.module) or autocast_acts()
             draws = many(
                 run,
                 lambda: draw(self._posteriors(), self._noise),
                 n_samples,
                 vectorize,
                 slow=slow,
-                watch=not slots.keeps_nothing,
+                watch=kind not in slots.vectorized,
             )
-        slots.keeps_nothing |= draws.keeps is False
-        if not (slow or draws.vectorized or draws.keeps) and vectorize is None:
+        if draws.agrees:
+            slots.vectorized.add(kind)
+        if not (slow or draws.vectorized or draws.keeps) and vectorize is None and n_samples > 1:
             slots.sequential.add(kind)  # it would fail again
         return draws
 
@@ -292,13 +296,18 @@ class VariationalModule(nn.Module):
         Args:
             noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
         """
+        with ExitStack() as stack:
+            for part in variational_parts(self):
+                stack.enter_context(part.own_noise(dict(noise or {}) if part is self else {}))
+            yield
+
+    @contextmanager
+    def own_noise(self, noise: dict[str, Tensor]) -> Iterator[None]:
+        """`fixed_draw`, but variational modules within keep theirs; `noise` itself gets what is missing."""
         before = self._noise, self._seed
-        self._noise, self._seed = dict(noise or {}), None
+        self._noise, self._seed = noise, None
         try:
-            with ExitStack() as stack:
-                for part in variational_parts(self.module):
-                    stack.enter_context(part.fixed_draw())
-                yield
+            yield
         finally:
             self._noise, self._seed = before
 
@@ -520,7 +529,21 @@ class VariationalModule(nn.Module):
                     "Load it as the means: vnet.module.load_state_dict(...)"
                 ) from None
             raise
-        return super().load_state_dict(state_dict, strict, assign)
+        first = places(self.module)
+        before = {place: self.module.get_parameter(place) for place in first}
+        found = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            self._tie_again(first, before)
+        return found
+
+    def _tie_again(self, first: Mapping[str, str], before: Mapping[str, nn.Parameter]) -> None:
+        """Undo that `assign` gives each place of a tied parameter a tensor of its own."""
+        now = {place: self.module.get_parameter(place) for place in first}
+        new = {first[place]: p for place, p in reversed(now.items()) if p is not before[place]}
+        for place, name in first.items():
+            if name in new and now[place] is not new[name]:
+                path, _, attr = place.rpartition(".")
+                setattr(self.module.get_submodule(path), attr, new[name])
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         """Those of the network, which is what `swa_utils.AveragedModel` pairs off to average.
@@ -537,6 +560,10 @@ class VariationalModule(nn.Module):
     def state_of_a_copy(self) -> dict[str, Any]:
         """What a copy of this module has of its own: what was found out is found out again; contexts end here."""
         return {"_found": None, "_noise": None, "_seed": None, "_sampling": []}
+
+    def state_of_a_view(self) -> dict[str, Any]:
+        """What a view of this module has in a call: the contexts of the moment, of which it may enter more."""
+        return {"_noise": self._noise, "_seed": self._seed, "_sampling": list(self._sampling)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **self.state_of_a_copy()}

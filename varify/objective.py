@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from varify.arguments import fewest, unpack
-from varify.module import VariationalModule, prior_loss
+from varify.module import VariationalModule, prior_loss, variational_parts
 from varify.schedules import Schedule
 
 BOUNDS = ("elbo", "importance_weighted")
@@ -100,14 +101,16 @@ class ELBO:
     ) -> Terms:
         if not isinstance(vnet, VariationalModule):
             raise ValueError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
-        nlls, log_ratios = [], []
+        parts, nlls, log_ratios = variational_parts(vnet), [], []
         for _ in range(self.n_samples):
-            posteriors = vnet.posteriors
-            noise = {name: q.noise() for name, q in posteriors.items()}
-            with vnet.sampling(), vnet.fixed_draw(noise):
+            drawn = [(part, {name: q.noise() for name, q in part.posteriors.items()}) for part in parts]
+            with ExitStack() as stack:
+                stack.enter_context(vnet.sampling())
+                for part, noise in drawn:
+                    stack.enter_context(part.own_noise(noise))
                 nlls.append(scalar(criterion(vnet(*args, **kwargs), targets)))
-            ratios = [q.log_ratio(noise[name]) for name, q in posteriors.items()]
-            log_ratios.append(torch.stack(ratios).sum())
+            ratios = [q.log_ratio(noise[name]) for part, noise in drawn for name, q in part.posteriors.items()]
+            log_ratios.append(torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).sum())
         nll, log_ratio = torch.stack(nlls), torch.stack(log_ratios)
         bound = torch.logsumexp(-self.num_data * nll - beta * log_ratio, 0) - math.log(self.n_samples)
         return Terms(-bound / self.num_data, nll.mean(), log_ratio.mean())

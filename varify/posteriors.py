@@ -184,5 +184,16 @@ def draw(posteriors: Mapping[str, Posterior], fixed: dict[str, Tensor] | None = 
         eps = q.noise() if fixed is None or name not in fixed else fixed[name]
         if fixed is not None:
             fixed[name] = eps
-        theta[name] = q.at(eps).to(q.mu.dtype)
+        theta[name] = _asking_for_gradients(q.at(eps).to(q.mu.dtype), q.mu)
     return theta
+
+
+def _asking_for_gradients(drawn: Tensor, mu: Tensor) -> Tensor:
+    """A draw that requires a gradient where gradients are off and the parameter does: a forward may ask."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
+        return drawn  # which can't be done within transforms
+    return drawn.requires_grad_(mu.requires_grad)

@@ -250,7 +250,7 @@ def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
 def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1, vectorized: bool = False) -> Any:
     """The `Prediction` of several outputs of one network; of structured ones, leaf by leaf.
 
-    A leaf that is no tensor is taken from the first draw.
+    A leaf that is no tensor is taken from the first draw. Of a nested tensor, each of its tensors is a leaf.
     """
     leaves, spec = pytree.tree_flatten(draws[0], is_leaf=_is_packed)
     rows = [leaves, *(pytree.tree_leaves(draw, is_leaf=_is_packed) for draw in draws[1:])]
@@ -264,6 +264,8 @@ def _is_packed(value: Any) -> bool:
 
 def _gather_leaf(column: Sequence[Any], outputs: str, class_dim: int, vectorized: bool) -> Any:
     first = column[0]
+    if isinstance(first, Tensor) and first.is_nested:
+        return gather([one.unbind() for one in column], outputs, class_dim, vectorized)
     if isinstance(first, Tensor):
         return Prediction(torch.stack(list(column)), outputs, class_dim, vectorized)
     if isinstance(first, PackedSequence):  # its own constructor wants a tensor

@@ -8,10 +8,11 @@ from torch.utils import _pytree as pytree
 
 
 def kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Hashable: of each argument whether it is a tensor, and of how many dimensions; not its values or sizes."""
+    """Hashable: of each argument whether it is a tensor, of how many dimensions, of what layout; not its values."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     return tuple(sorted(kwargs)), tuple(
-        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves
+        (leaf.dtype, leaf.dim(), leaf.layout, leaf.is_nested) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in leaves
     )
 
 

@@ -19,8 +19,8 @@ class Slots:
         views: to run the network with other weights, as itself: what forward sets is set in the network.
         apart: likewise, but what forward sets is forgotten.
         sequential: kinds of calls whose draws were found not to run vectorized.
+        vectorized: kinds of calls that were seen to keep nothing, and to return the same vectorized and by themselves.
         plans: of calls with estimators, by their kind.
-        keeps_nothing: whether a call was seen to keep no tensor but what it returns.
     """
 
     def __init__(self, network: nn.Module, sites: Mapping[str, Site]) -> None:
@@ -36,8 +36,8 @@ class Slots:
         self.views = Views(network, sites, whole=False)
         self.apart = Views(network, sites, whole=True)
         self.sequential: set[Any] = set()
+        self.vectorized: set[Any] = set()
         self.plans: dict[Any, Plan] = {}
-        self.keeps_nothing = False
 
     def fits(self, network: nn.Module) -> bool:
         """Whether `network` is the one these were made for, and as it was."""

@@ -245,6 +245,7 @@ class _Part:
         self._ids = [id(p) for p in live._parameters.values()]
         self._children = list(live._modules.items())
         self._hooks = _hooks(live)
+        self._apart = _state_of_a_copy(live)
         self.varying = [attr for attr, reached in leads.items() if not reached.isdisjoint(names)]
         self._record()
         self._seen.update(self._own)
@@ -252,7 +253,7 @@ class _Part:
         self._seen.update({attr: copies(self._own[attr]) for attr in leads if attr not in self.varying})
         self._seen["_parameters"] = dict(live._parameters)
         self._seen["_modules"] = {key: copies(child) for key, child in live._modules.items()}
-        self._seen.update(_state_of_a_copy(live))
+        self._seen.update(self._apart)
         self._remember()
 
     def _record(self) -> None:
@@ -285,7 +286,7 @@ class _Part:
     def _follow(self) -> None:
         before = dict(zip(self._keys, self._values, strict=True))
         for attr, value in self._own.items():
-            if attr in before and before[attr] is value:
+            if (attr in before and before[attr] is value) or attr in self._apart:
                 continue
             copied = attr in before and self._seen.get(attr) is not before[attr] and attr != "training"
             leads = any(isinstance(thing, (nn.Module, nn.Parameter)) for thing in beneath(value))
@@ -293,9 +294,8 @@ class _Part:
                 raise Stale
         for attr in before.keys() - self._own.keys():
             del self._seen[attr]
-        self._seen.update(
-            {attr: value for attr, value in self._own.items() if attr not in before or before[attr] is not value}
-        )
+        new = {attr: value for attr, value in self._own.items() if attr not in before or before[attr] is not value}
+        self._seen.update({attr: value for attr, value in new.items() if attr not in self._apart})
         self._record()
 
     def put(
@@ -309,6 +309,8 @@ class _Part:
         for attr in self.varying:
             seen[attr] = self._own[attr] if call is None else call(self._own[attr])
         seen["training"] = self._own["training"] if training is None else training
+        if self._apart:
+            seen.update(self.live.state_of_a_view())  # type: ignore[operator]
         if buffers is not None:
             for buffer in self._own["_buffers"].values():
                 if buffer is not None and id(buffer) not in buffers:
@@ -338,7 +340,7 @@ class _Part:
         for attr in before.keys() - seen.keys():
             own.pop(attr, None)
         for attr, value in seen.items():
-            if attr in _TABLES or (attr in before and before[attr] is value):
+            if attr in _TABLES or attr in self._apart or (attr in before and before[attr] is value):
                 continue
             new = back(value)
             if isinstance(new, (nn.Module, nn.Parameter)):

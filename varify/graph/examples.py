@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from varify.graph.recording import is_dense
 from varify.moments import Examples
 
 _BATCH_NORMS = (nn.functional.batch_norm, torch.batch_norm)
@@ -13,7 +14,7 @@ _BATCH_NORMS = (nn.functional.batch_norm, torch.batch_norm)
 
 def count_of(inputs: Mapping[str, Tensor], batch_dim: int) -> int | None:
     """Number of examples of a call: the size of `batch_dim` of the first tensor that has it; None if none has."""
-    return next((t.shape[batch_dim] for t in inputs.values() if t.dim() > batch_dim), None)
+    return next((t.shape[batch_dim] for t in inputs.values() if is_dense(t) and t.dim() > batch_dim), None)
 
 
 @torch.no_grad()
@@ -42,8 +43,11 @@ def find_examples(
     if count == 1:
         return dict.fromkeys(nodes, Examples())
     which = 1  # not 0, whose rows come first however the others follow
-    changed = _with_one_changed(inputs, batch_dim, count, which)
-    runs = [_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed)]
+    try:
+        changed = _with_one_changed(inputs, batch_dim, count, which)
+        runs = [_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed)]
+    except Exception:  # of a type that can't be changed, or with an operation that can't run twice: the call itself ran
+        return dict.fromkeys(nodes)
     return {node: _of_rows(runs[0].get(node), runs[1].get(node), count, which) for node in nodes}
 
 
@@ -51,7 +55,7 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
     changed = {}
     generator = torch.Generator().manual_seed(0)
     for name, tensor in inputs.items():
-        if tensor.dim() <= batch_dim or tensor.shape[batch_dim] != count or not tensor.numel():
+        if not is_dense(tensor) or tensor.dim() <= batch_dim or tensor.shape[batch_dim] != count or not tensor.numel():
             changed[name] = tensor
             continue
         new = tensor.detach().clone()
@@ -121,7 +125,7 @@ def _in_eval(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _of_rows(before: Tensor | None, after: Tensor | None, count: int, which: int) -> Examples | None:
     """From an operation's output before and after one example changed."""
-    if before is None or after is None or before.shape != after.shape:
+    if before is None or after is None or not is_dense(before) or before.shape != after.shape:
         return None
     differs = ~torch.isclose(before, after, rtol=0.0, atol=0.0, equal_nan=True)
     if not differs.any():

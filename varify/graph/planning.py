@@ -123,6 +123,9 @@ def _refusal(use: Use, estimator: str) -> str:
     rule = find(estimator, use.operation)
     if rule is None:
         return f"{estimator} has no rule for {_name(use.operation)}"
+    given = [one for one in (*use.node.args, *use.node.kwargs.values()) if isinstance(one, fx.Node)]
+    if not all(one.meta.get("dense", True) for one in given):
+        return f"{_name(use.operation)} is of sparse or nested tensors"
     arguments = arguments_of(rule, use)
     if arguments is None or not any(arguments.get(argument) is use.source for argument in rule.of):
         return f"{estimator} has no rule for it as this argument of {_name(use.operation)}"

@@ -31,6 +31,11 @@ class Shape(tuple[int, ...]):
     __slots__ = ()
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it is neither sparse nor nested nor of any other kind that few operations take."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 class Recording(TorchFunctionMode):
     """Records the calls within it.
 
@@ -79,7 +84,8 @@ class Recording(TorchFunctionMode):
     # --- from values to nodes
 
     def _learn(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta["shape"] = Shape(tensor.shape)
+        node.meta["dense"] = is_dense(tensor)
+        node.meta["shape"] = Shape(() if tensor.is_nested else tensor.shape)  # strided nested ones have none
         node.meta["dtype"] = tensor.dtype
         self._known[id(tensor)] = weakref.ref(tensor), node
 
@@ -132,8 +138,8 @@ class Recording(TorchFunctionMode):
         self._note_ambience()
         node = self._create(func, name, args, kwargs)
         if args and isinstance(args[0], fx.Node) and args[0].meta.get("chosen"):
-            further = (str(args[1]),) if node.target is getattr else ()
-            node.meta["chosen"] = step(*(further or (name,)), args[1:] if not further else (), kwargs) is not None
+            taken = (str(node.args[1]), (), {}) if node.target is getattr else (name, args[1:], kwargs)
+            node.meta["chosen"] = step(*taken) is not None
         node.meta["gradients"] = torch.is_grad_enabled() or not self._gradients
         if isinstance(result, Tensor):
             self._learn(result, node)

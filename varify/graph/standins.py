@@ -54,7 +54,8 @@ class Cell:
         self.name = name
         self._q, self._count = q, count
         self.estimator, self._keeps, self._automatic = decision.estimator, decision.keeps, decision.automatic
-        self.requires_grad = (q.mu.requires_grad or q.rho.requires_grad) and torch.is_grad_enabled()
+        # as of a draw: where gradients are off, that of the parameter, which a forward may ask for
+        self.requires_grad = q.mu.requires_grad or (q.rho.requires_grad and torch.is_grad_enabled())
         self.late = ""
         self._foreseen: dict[Path, list[tuple[Any, Examples]]] = {}
         for use, examples in decision.uses:
