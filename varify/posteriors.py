@@ -90,8 +90,9 @@ class GaussianPosterior:
         A divergence takes the first for sigma, which underflows where rho is far below 0, and then subtracts the sum
         of the second: of so small a sigma only the logarithm makes a difference, to any prior for weights.
         """
-        rho = self.rho.clamp_min(LEAST_RHO)
-        return F.softplus(rho), self.rho - rho
+        # Without a gradient of its own, so that rho has that of the logarithm at the floor: 1, as anywhere below it.
+        rest = self.rho.detach().sub(LEAST_RHO).clamp_max_(0.0)
+        return F.softplus(self.rho - rest), rest
 
     @property
     def snr(self) -> Tensor:
