@@ -29,6 +29,10 @@ def softplus_inverse(sigma: Tensor) -> Tensor:
     return sigma.neg().expm1_().neg_().log_().add_(sigma)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a `to` that does nothing takes as long as a sum
+
+
 class Posterior(Protocol):
     """What the rest of varify asks of a posterior over a parameter of shape `(*shape)`."""
 
@@ -67,7 +71,7 @@ class GaussianPosterior:
     @property
     def mean(self) -> Tensor:
         """mu, `(*shape)`, in the precision of rho, which draws and divergences are computed in."""
-        mean = self.mu.to(self.rho.dtype)
+        mean = _cast(self.mu, self.rho.dtype)
         if self.fixed is None:
             return mean
         return torch.where(self.fixed == PRUNED, 0.0, mean)
@@ -109,11 +113,11 @@ class GaussianPosterior:
 
     def rsample(self) -> Tensor:
         """One draw, `(*shape)`, in the network's dtype, differentiable in mu and rho."""
-        return self.at(self.noise()).to(self.mu.dtype)
+        return _cast(self.at(self.noise()), self.mu.dtype)
 
     def moments(self, *, keeping: bool = False) -> Moments:
         """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator; `keeping`: see `Kept`."""
-        moments = Moments(self.mean.to(self.mu.dtype), self.sigma)
+        moments = Moments(_cast(self.mean, self.mu.dtype), self.sigma)
         return moments.keeping() if keeping else moments
 
     def entropy(self) -> Tensor:
@@ -181,5 +185,5 @@ def draw(posteriors: Mapping[str, Posterior], fixed: dict[str, Tensor] | None = 
         eps = q.noise() if fixed is None or name not in fixed else fixed[name]
         if fixed is not None:
             fixed[name] = eps
-        theta[name] = q.at(eps).to(q.mu.dtype)
+        theta[name] = _cast(q.at(eps), q.mu.dtype)
     return theta
