@@ -305,18 +305,16 @@ def _kl_gaussian(q: GaussianPosterior, p: Gaussian) -> Tensor:
     # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½
     std = p._known_std()
     sigma, log_rest = q.floored_sigma()
-    ratio = sigma / std
+    ratio = (sigma / std).flatten()
     shift = q.mean - p.mean if isinstance(p.mean, Tensor) or p.mean else q.mean
-    squares = _sum_of_squares(ratio, 1.0) + _sum_of_squares(shift, std)
-    return 0.5 * (squares - ratio.numel()) - ratio.log().sum() - log_rest.sum()
+    squares = ratio.dot(ratio) + _sum_of_squares(shift, std)
+    return 0.5 * squares - ratio.log().sum() - (0.5 * ratio.numel() + log_rest.sum())
 
 
 def _sum_of_squares(x: Tensor, scale: Tensor | float) -> Tensor:
     """Σ (x/scale)²: a dot product makes no tensor of the size of x, and dividing by a number afterwards neither."""
-    if isinstance(scale, Tensor):
-        x, scale = x / scale, 1.0
-    x = x.reshape(-1)
-    return x.dot(x) / scale / scale
+    x = (x / scale if isinstance(scale, Tensor) else x).flatten()
+    return x.dot(x) if isinstance(scale, Tensor) else x.dot(x) / scale**2
 
 
 @register("mixtgauss")
