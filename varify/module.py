@@ -80,18 +80,16 @@ class VariationalModule(nn.Module):
         return Posteriors(self._posteriors(), aliases(self.module))
 
     def _posteriors(self) -> dict[str, GaussianPosterior]:
-        if torch.compiler.is_compiling():
-            means: dict[str, Tensor] = {name: self.module.get_parameter(name) for name in self._chosen}
-        else:
-            means = self._slots().means()
+        if not torch.compiler.is_compiling():
+            return self._slots().posteriors()
         return {
             name: GaussianPosterior(
-                whole(parameter),
+                whole(self.module.get_parameter(name)),
                 whole(self.rho.leaf_at(name)),
                 self.prior.leaf_at(name),
                 self.fixed.leaf_at(name),
             )
-            for name, parameter in means.items()
+            for name in self._chosen
         }
 
     def _slots(self) -> Slots:
@@ -109,7 +107,8 @@ class VariationalModule(nn.Module):
                     f"{listed(lost)} of vnet.module changed since the conversion, and so has no posterior; "
                     "change the plain network first, then convert it"
                 )
-            self._found = Slots(self.module, {name: everything[name] for name in self._chosen})
+            live = {name: everything[name] for name in self._chosen}
+            self._found = Slots(self.module, live, self.rho, self.prior, self.fixed)
         return self._found
 
     # --- forward
@@ -125,8 +124,9 @@ class VariationalModule(nn.Module):
             return self._at_means(args, kwargs)
         if self._estimates():
             return self._estimated(args, kwargs)
-        theta = draw(self._posteriors(), self._noise)
-        return self._slots().views.run(lambda network: network(*args, **kwargs), theta)
+        slots = self._slots()
+        theta = draw(slots.posteriors(), self._noise)
+        return slots.views.run(lambda network: network(*args, **kwargs), theta)
 
     def _estimates(self) -> bool:
         """Whether a forward of the moment has estimators: in training, unless draws are asked for."""
@@ -135,18 +135,20 @@ class VariationalModule(nn.Module):
 
     def _estimated(self, args: Any, kwargs: Any) -> Any:
         """A forward with estimators: the first of its kind is recorded, with drawn weights, later ones are planned."""
-        slots, posteriors = self._slots(), self._posteriors()
+        slots = self._slots()
         inputs = placeholders(args, kwargs)
         count = count_of(inputs, self._batch_dim)
         # without gradients a forward may take another branch
         kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())
         if kind not in slots.plans:
             return self._first_of_its_kind(kind, inputs, args, kwargs)
-        return run_planned(slots.plans[kind], slots.views, posteriors, count, lambda network: network(*args, **kwargs))
+        return run_planned(
+            slots.plans[kind], slots.views, slots.posteriors(), count, lambda network: network(*args, **kwargs)
+        )
 
     def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         slots = self._slots()
-        theta = draw(self._posteriors())
+        theta = draw(slots.posteriors())
 
         def call(network: nn.Module) -> Any:
             return network(*args, **kwargs)
@@ -448,8 +450,8 @@ class VariationalModule(nn.Module):
         """A call recorded that leaves nothing behind, and its plan."""
         if not inputs and not named:
             raise ValueError("inputs of the network are needed, such as a batch: the call with them is recorded")
-        slots, posteriors = self._slots(), self._posteriors()
-        tensors = placeholders(inputs, named)
+        slots = self._slots()
+        posteriors, tensors = slots.posteriors(), placeholders(inputs, named)
 
         def recorded(network: nn.Module) -> Any:
             return record(network, lambda network: network(*inputs, **named), tensors, slots.sites)

@@ -29,6 +29,10 @@ def softplus_inverse(sigma: Tensor) -> Tensor:
     return sigma.neg().expm1_().neg_().log_().add_(sigma)
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a `to` that does nothing takes as long as a sum
+
+
 class Posterior(Protocol):
     """What the rest of varify asks of a posterior over a parameter of shape `(*shape)`."""
 
@@ -67,7 +71,7 @@ class GaussianPosterior:
     @property
     def mean(self) -> Tensor:
         """mu, `(*shape)`, in the precision of rho, which draws and divergences are computed in."""
-        mean = self.mu.to(self.rho.dtype)
+        mean = _cast(self.mu, self.rho.dtype)
         if self.fixed is None:
             return mean
         return torch.where(self.fixed == PRUNED, 0.0, mean)
@@ -90,8 +94,9 @@ class GaussianPosterior:
         A divergence takes the first for sigma, which underflows where rho is far below 0, and then subtracts the sum
         of the second: of so small a sigma only the logarithm makes a difference, to any prior for weights.
         """
-        rho = self.rho.clamp_min(LEAST_RHO)
-        return F.softplus(rho), self.rho - rho
+        # Without a gradient of its own, so that rho has that of the logarithm at the floor: 1, as anywhere below it.
+        rest = self.rho.detach().sub(LEAST_RHO).clamp_max_(0.0)
+        return F.softplus(self.rho - rest), rest
 
     @property
     def snr(self) -> Tensor:
@@ -108,7 +113,7 @@ class GaussianPosterior:
 
     def rsample(self) -> Tensor:
         """One draw, `(*shape)`, in the network's dtype, differentiable in mu and rho."""
-        return self.at(self.noise()).to(self.mu.dtype)
+        return _cast(self.at(self.noise()), self.mu.dtype)
 
     def moments(self, *, keeping: int | None = None) -> Moments:
         """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator.
@@ -116,7 +121,7 @@ class GaussianPosterior:
         Args:
             keeping: keep one noise for all uses in a call of so many examples; see `varify.moments.Kept`.
         """
-        moments = Moments(self.mean.to(self.mu.dtype), self.sigma)
+        moments = Moments(_cast(self.mean, self.mu.dtype), self.sigma)
         return moments if keeping is None else moments.keeping(keeping)
 
     def entropy(self) -> Tensor:
@@ -184,7 +189,7 @@ def draw(posteriors: Mapping[str, Posterior], fixed: dict[str, Tensor] | None = 
         eps = q.noise() if fixed is None or name not in fixed else fixed[name]
         if fixed is not None:
             fixed[name] = eps
-        theta[name] = _asking_for_gradients(q.at(eps).to(q.mu.dtype), q.mu)
+        theta[name] = _asking_for_gradients(_cast(q.at(eps), q.mu.dtype), q.mu)
     return theta
 
 

@@ -302,11 +302,19 @@ def _normal_log_density(z: Tensor, std: Tensor | float) -> Tensor:
 
 @register_kl(GaussianPosterior, Gaussian)
 def _kl_gaussian(q: GaussianPosterior, p: Gaussian) -> Tensor:
-    # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½. Dot products, since they make no tensor of the parameter's size.
+    # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½
     std = p._known_std()
     sigma, log_rest = q.floored_sigma()
-    ratio, shift = (sigma / std).reshape(-1), ((q.mean - p.mean) / std).reshape(-1)
-    return 0.5 * (ratio.dot(ratio) + shift.dot(shift) - ratio.numel()) - ratio.log().sum() - log_rest.sum()
+    ratio = (sigma / std).flatten()
+    shift = q.mean - p.mean if isinstance(p.mean, Tensor) or p.mean else q.mean
+    squares = ratio.dot(ratio) + _sum_of_squares(shift, std)
+    return 0.5 * squares - ratio.log().sum() - (0.5 * ratio.numel() + log_rest.sum())
+
+
+def _sum_of_squares(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Σ (x/scale)²: a dot product makes no tensor of the size of x, and dividing by a number afterwards neither."""
+    x = (x / scale if isinstance(scale, Tensor) else x).flatten()
+    return x.dot(x) if isinstance(scale, Tensor) else x.dot(x) / scale**2
 
 
 @register("mixtgauss")

@@ -4,15 +4,25 @@ from collections.abc import Mapping
 from operator import is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from varify.graph.plans import Plan
+from varify.posteriors import GaussianPosterior
 from varify.selection import Site
+from varify.sharding import whole
+from varify.trees import Tree
 from varify.view import Views
 
 
 class Slots:
     """Holds as long as the network has the same modules, with tied weights still tied; see `fits`.
+
+    Args:
+        network: the live one.
+        sites: see below.
+        rho: by the sites' names, as are `prior` and `fixed`; see `VariationalModule`.
+        prior: likewise.
+        fixed: likewise, of some of them.
 
     Attributes:
         sites: of the chosen parameters, by name.
@@ -23,8 +33,14 @@ class Slots:
         plans: of calls with estimators, by their kind.
     """
 
-    def __init__(self, network: nn.Module, sites: Mapping[str, Site]) -> None:
+    def __init__(self, network: nn.Module, sites: Mapping[str, Site], rho: Tree, prior: Tree, fixed: Tree) -> None:
         self.network, self.sites = network, sites
+        self._fixed = fixed
+        # where the parts of each posterior are: to look names up anew takes longer than many a network's own layers
+        self._places = [
+            (name, site.owner._parameters, site.attr, *rho.place_of(name), prior.place_of(name)[0])
+            for name, site in sites.items()
+        ]
         self._children = [(module._modules, list(module._modules.values())) for module in network.modules()]
         first = {id(site.parameter): site for site in sites.values()}
         self._tied = [
@@ -47,6 +63,14 @@ class Slots:
             and all(table.get(attr) is site.owner._parameters.get(site.attr) for table, attr, site in self._tied)
         )
 
-    def means(self) -> dict[str, Tensor]:
-        """The parameters, by name."""
-        return {name: site.parameter for name, site in self.sites.items()}
+    def posteriors(self) -> dict[str, GaussianPosterior]:
+        """The posteriors of the moment, by name."""
+        fixed = self._fixed.leaf_at if self._fixed._modules or self._fixed._buffers else _none
+        return {
+            name: GaussianPosterior(whole(means[attr]), whole(rhos[leaf]), priors[leaf], fixed(name))
+            for name, means, attr, rhos, leaf, priors in self._places
+        }
+
+
+def _none(name: str) -> None:
+    return None

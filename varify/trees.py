@@ -33,13 +33,17 @@ class Tree(nn.Module):
 
     def leaf_at(self, name: str) -> Any:
         """The leaf at `name`, or None."""
+        table, last = self.place_of(name)
+        return table.get(last)
+
+    def place_of(self, name: str) -> tuple[dict[str, Any], str]:
+        """The table that has the leaf at `name`, or an empty one, and its key there."""
         branch: nn.Module | None = self
         *path, last = name.split(".")
         for part in path:
             branch = branch._modules.get(part) if branch is not None else None
-        if branch is None:
-            return None
-        return next((table[last] for table in _tables(branch) if last in table), None)
+        tables = () if branch is None else _tables(branch)
+        return next((table for table in tables if last in table), {}), last
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Tree":
         super()._apply(lambda tensor: _apply_but_halving(fn, tensor), recurse)

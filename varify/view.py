@@ -241,7 +241,7 @@ class _Part:
         self.live, self.shell = live, shell
         self._whole = whole
         self._own, self._seen = vars(live), vars(shell)
-        self._slots = [(key, names.get(id(p))) for key, p in live._parameters.items()]
+        self._slots = [(key, names.get(id(p), "")) for key, p in live._parameters.items()]
         self._ids = [id(p) for p in live._parameters.values()]
         self._children = list(live._modules.items())
         self._hooks = _hooks(live)
@@ -257,11 +257,11 @@ class _Part:
         self._remember()
 
     def _record(self) -> None:
-        self._keys, self._values = list(self._own), list(self._own.values())
+        self._met = self._own.copy()
 
     def parameters(self) -> Iterator[tuple[Any, str]]:
         """Those that a call may replace, with their names."""
-        return ((self.live._parameters[key], name) for key, name in self._slots if name is not None)
+        return ((self.live._parameters[key], name) for key, name in self._slots if name)
 
     def drawn(self) -> Iterator[tuple[Any, Any]]:
         """What stands in the place of a parameter, and the parameter."""
@@ -274,17 +274,17 @@ class _Part:
             Stale: it holds other modules, parameters or hooks, or something new that leads to one.
         """
         own, live = self._own, self.live
-        if len(own) != len(self._values) or not all(map(is_, own.values(), self._values)):
+        if not _same(own, self._met):
             self._follow()
         if len(live._parameters) != len(self._slots) or list(live._modules.items()) != self._children:
             raise Stale
         if self.varying and self._ids != [id(p) for p in live._parameters.values()]:
             raise Stale
-        if (self._hooks or any(own[kind] for kind in _HOOKS)) and self._hooks != _hooks(live):
+        if (self._hooks or any(map(own.get, _HOOKS))) and self._hooks != _hooks(live):
             raise Stale
 
     def _follow(self) -> None:
-        before = dict(zip(self._keys, self._values, strict=True))
+        before = self._met
         for attr, value in self._own.items():
             if (attr in before and before[attr] is value) or attr in self._apart:
                 continue
@@ -305,7 +305,7 @@ class _Part:
         seen, live = self._seen, self.live._parameters
         table = seen["_parameters"]
         for key, name in self._slots:
-            table[key] = live[key] if name is None or name not in theta else theta[name]
+            table[key] = theta.get(name, live[key])
         for attr in self.varying:
             seen[attr] = self._own[attr] if call is None else call(self._own[attr])
         seen["training"] = self._own["training"] if training is None else training
@@ -321,22 +321,20 @@ class _Part:
         self._remember()
 
     def _remember(self) -> None:
-        self._keys_of_call, self._loaded = list(self._seen), list(self._seen.values())
+        self._loaded = self._seen.copy()
 
     def has_set(self) -> bool:
         """Whether forward has set, added or deleted something."""
         seen = self._seen
         return (
-            len(seen) != len(self._loaded)
-            or not all(map(is_, seen.values(), self._loaded))
+            not _same(seen, self._loaded)
             or len(seen["_parameters"]) != len(self._slots)
             or len(seen["_modules"]) != len(self._children)
         )
 
     def give_back(self, back: Replacing) -> None:
         """Set in the live module what forward has set in the view's, as `back` has it."""
-        live, own, seen = self.live, self._own, self._seen
-        before = dict(zip(self._keys_of_call, self._loaded, strict=True))
+        live, own, seen, before = self.live, self._own, self._seen, self._loaded
         for attr in before.keys() - seen.keys():
             own.pop(attr, None)
         for attr, value in seen.items():
@@ -357,10 +355,14 @@ class _Part:
     def forget(self) -> None:
         """Be again what the call met."""
         self._seen.clear()
-        self._seen.update(zip(self._keys_of_call, self._loaded, strict=True))
+        self._seen.update(self._loaded)
         for table, keys in (("_parameters", [key for key, _ in self._slots]), ("_modules", dict(self._children))):
             for key in self._seen[table].keys() - set(keys):
                 del self._seen[table][key]
+
+
+def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    return len(now) == len(then) and all(map(is_, now.values(), then.values()))
 
 
 def _leads(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:
