@@ -132,7 +132,7 @@ class Recording(TorchFunctionMode):
         self._note_ambience()
         node = self._create(func, name, args, kwargs)
         if args and isinstance(args[0], fx.Node) and args[0].meta.get("chosen"):
-            further = (str(args[1]),) if node.target is getattr else ()
+            further = (str(node.args[1]),) if node.target is getattr else ()
             node.meta["chosen"] = step(*(further or (name,)), args[1:] if not further else (), kwargs) is not None
         node.meta["gradients"] = torch.is_grad_enabled() or not self._gradients
         if isinstance(result, Tensor):
