@@ -38,14 +38,13 @@ class Kept:
     """The noise of a parameter in one call, kept so that several uses meet one drawn weight in each example."""
 
     def __init__(self, sigma: Tensor, dtype: torch.dtype) -> None:
-        self._sigma, self._dtype = sigma, dtype
-        self._perturbation: Tensor | None = None
+        self._sigma = sigma
+        # here and not at the first use, which may be in a checkpoint: that would not find it again
+        self._perturbation = (sigma * torch.randn_like(sigma)).to(dtype)
         self._signs: dict[int, Tensor] = {}
 
     def perturbation(self) -> Tensor:
         """Sigma·eps, `(*shape)`, the same at every call."""
-        if self._perturbation is None:
-            self._perturbation = (self._sigma * torch.randn_like(self._sigma)).to(self._dtype)
         return self._perturbation
 
     def signs(self, axis: int, count: int, size: int) -> Tensor:

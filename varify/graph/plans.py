@@ -153,8 +153,17 @@ def run_planned(
     while True:
         before = plan.snapshot(views.network)
         theta, cells = plan.theta(posteriors, count)
+
+        def attempt(network: nn.Module, cells: list[Cell] = cells) -> Any:
+            try:
+                return call(network)
+            finally:  # TorchScript makes another error of it, and an `except:` none
+                for cell in cells:
+                    if cell.unforeseen is not None:
+                        raise cell.unforeseen
+
         try:
-            return views.run(call, theta)
+            return views.run(attempt, theta)
         except Unforeseen as found:
             plan.correct(found.name, found.why)
             before.restore()
