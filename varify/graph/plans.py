@@ -134,6 +134,15 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def may_run_again() -> bool:
+    """Whether a checkpoint may be around a call: backward runs it again then, and must find what forward did.
+
+    Of a reentrant one nothing is seen but that gradients are off.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not torch.is_grad_enabled() or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+
+
 def run_planned(
     plan: Plan,
     views: Views,
