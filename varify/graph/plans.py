@@ -183,21 +183,30 @@ def run_planned(
                     plan.correct(cell.name, cell.late)
 
 
+# Buffers of so many elements at most, such as counters and running means, are kept though no call has written them yet.
+_FEW = 2**12
+
+
 class _Snapshot:
-    """What a call that is repeated must find as it was: buffers, and the random numbers."""
+    """What a call that is repeated must find as it was: buffers, lists and dicts of modules, and the random numbers."""
 
     def __init__(self, network: nn.Module, written: set[str]) -> None:
-        self._tables = [(m._buffers, dict(m._buffers)) for m in network.modules() if m._buffers]
-        buffers = dict(network.named_buffers()) if written else {}
-        self._values = [(buffers[name], buffers[name].clone()) for name in written if name in buffers]
-        devices = {t.device for t, _ in self._values if t.is_cuda}
+        modules = list(network.modules())
+        self._tables = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+        buffers = {name: b for name, b in network.named_buffers() if name in written or b.numel() <= _FEW}
+        self._values = [(buffer, buffer.clone()) for buffer in buffers.values()]
+        self._lists = [(v, list(v)) for m in modules for v in vars(m).values() if type(v) is list]
+        self._dicts = [(v, dict(v)) for m in modules for k, v in vars(m).items() if type(v) is dict and k[0] != "_"]
+        devices = {t.device for t in (*network.parameters(), *network.buffers()) if t.is_cuda}
         self._states = [(device, random_state(device)) for device in (torch.device("cpu"), *devices)]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for table, was in self._tables:
+        for table, was in (*self._tables, *self._dicts):
             table.clear()
             table.update(was)
+        for items, had in self._lists:
+            items[:] = had
         for buffer, value in self._values:
             buffer.copy_(value)
         for device, state in self._states:
