@@ -389,7 +389,7 @@ def _leads(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:
     pending = [network]
     while pending:
         module = pending.pop()
-        if module in found:
+        if module in found or _is_around(module, network):
             continue
         leads: dict[str, frozenset[int]] = {}
         found[module] = leads
@@ -421,6 +421,11 @@ def _that_reach(names: set[int], leads: Mapping[nn.Module, Mapping[str, frozense
                 reaching.add(holder)
                 pending.append(holder)
     return reaching
+
+
+def _is_around(module: nn.Module, network: nn.Module) -> bool:
+    """Whether it is the variational module of this network: who calls that calls it anew, with weights of its own."""
+    return hasattr(type(module), "state_of_a_copy") and any(part is network for part in module._modules.values())
 
 
 def _can_be_copied(module: nn.Module) -> bool:
