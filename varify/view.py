@@ -355,18 +355,14 @@ class _Part:
 
     def give_back(self, back: Replacing) -> None:
         """Set in the live module what forward has set in the view's, as `back` has it."""
-        live, own, seen = self.live, self._own, self._seen
+        own, seen = self._own, self._seen
         before = dict(zip(self._keys_of_call, self._loaded, strict=True))
         for attr in before.keys() - seen.keys():
             own.pop(attr, None)
         for attr, value in seen.items():
             if attr in _TABLES or (attr in before and before[attr] is value):
                 continue
-            new = back(value)
-            if isinstance(new, (nn.Module, nn.Parameter)):
-                setattr(live, attr, new)
-            else:
-                own[attr] = new
+            own[attr] = back(value)  # also a parameter: registered, it could not be set to a draw by the next call
         for table in ("_parameters", "_modules"):
             for key in seen[table].keys() ^ own[table].keys():
                 if key in seen[table]:
