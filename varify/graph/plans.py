@@ -26,7 +26,7 @@ class Record:
         inputs: the tensors of the call, by placeholder.
         held: the network's parameters and buffers, by name, as they were in the call.
         constants: tensors and objects that came from elsewhere.
-        written: names of the buffers that the call wrote into.
+        written: names of those of `held` that the call wrote into, or may have.
     """
 
     graph: fx.Graph
@@ -38,7 +38,9 @@ class Record:
 
     def examples(self, nodes: list[fx.Node], batch_dim: int) -> Any:
         """See `find_examples`."""
-        return find_examples(self.graph, self.held | self.constants, self.inputs, nodes, batch_dim)
+        # of plain tensors the replay takes copies, so that frozen parameters which the call wrote stay as they are
+        own = {name: self.held[name].detach() for name in self.written}
+        return find_examples(self.graph, self.held | own | self.constants, self.inputs, nodes, batch_dim)
 
     def parameters(self, names: Mapping[str, Any]) -> dict[str, fx.Node]:
         """The get_attr nodes of those of `names` that the call used."""
@@ -74,13 +76,19 @@ def record(
         chosen: names of the variational parameters.
     """
     held = dict(network.named_parameters()) | dict(network.named_buffers())
-    versions = {name: buffer._version for name, buffer in network.named_buffers()}
+    versions = {name: tensor._version for name, tensor in held.items() if not tensor.is_inference()}
     recording = Recording(inputs, {id(t): (t, name) for name, t in held.items()}, chosen)
     with recording:
         output = call(network)
     recording.finish(output)
     written = {name for name, version in versions.items() if held[name]._version != version}
+    written |= {str(node.args[0].target) for node in recording.graph.nodes if _is_of_data(node)} & held.keys()
     return output, Record(recording.graph, recording.decisions, inputs, held, recording.constants, written)
+
+
+def _is_of_data(node: fx.Node) -> bool:
+    """Whether it reads or sets `.data`, which tells no version."""
+    return node.target in (getattr, setattr) and node.args[1] == "data" and isinstance(node.args[0], fx.Node)
 
 
 class Plan:
