@@ -150,6 +150,11 @@ def _copied(network: M, holdings: Holdings, memo: dict[int, Any], strict: bool) 
         copied = copy.deepcopy(network, memo)
     finally:
         del memo[id(_MENDED_LATER)]
+    for module in copied.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # whose copies of parameters are results of a computation
+            for parameter in module.parameters():
+                needs_gradient = parameter.requires_grad
+                parameter.detach_().requires_grad_(needs_gradient)
     if holdings.need_mending(strict):
         _Mending(holdings, memo, strict).mend(copied)
     return copied

@@ -16,9 +16,10 @@ from varify.copies import copy_network, weightless_copy
 from varify.draws import Draws, autocast_acts, many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.graph.examples import count_of
-from varify.graph.plans import Plan, Record, in_transform, record, run_planned
+from varify.graph.plans import Plan, Record, in_transform, may_run_again, record, run_planned
 from varify.graph.recording import placeholders
 from varify.graph.rewriting import refuse
+from varify.graph.standins import kept_by_no_checkpoint
 from varify.posteriors import PRUNED, GaussianPosterior, Posteriors, draw
 from varify.prediction import gather
 from varify.priors import Prior
@@ -148,6 +149,12 @@ class VariationalModule(nn.Module):
 
     def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         slots = self._slots()
+        if may_run_again():
+            with kept_by_no_checkpoint():
+                _, plan = self._planned(args, kwargs)
+            refuse(plan.decisions, self._strict)
+            slots.plans[kind] = plan
+            return self._estimated(args, kwargs)
         theta = draw(slots.posteriors())
 
         def call(network: nn.Module) -> Any:
@@ -435,6 +442,8 @@ class VariationalModule(nn.Module):
         Returns:
             A runnable module: it takes the distinct tensors of the call, and returns those of the output, as a tuple.
         """
+        if not inputs and not named:
+            raise ValueError("inputs of the network are needed, such as a batch: the call with them is recorded")
         found, plan = self._planned(inputs, named)
         module = found.module(plan.decisions, self._posteriors(), self.module)
         module.meta["decided"] = plan.decided
@@ -448,8 +457,6 @@ class VariationalModule(nn.Module):
 
     def _planned(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Record, Plan]:
         """A call recorded that leaves nothing behind, and its plan."""
-        if not inputs and not named:
-            raise ValueError("inputs of the network are needed, such as a batch: the call with them is recorded")
         slots = self._slots()
         posteriors, tensors = slots.posteriors(), placeholders(inputs, named)
 

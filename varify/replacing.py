@@ -118,24 +118,24 @@ class Replacing:
         is_container = isinstance(value, (dict, list, set, deque))
         new = copy.copy(value) if is_container else _empty(type(value))
         self._keep(value, new)
-        had = _contents(value)
-        _fill(new, value, self)
-        self._mutable.append((value, new, had, _contents(new)))
+        had = contents_of(value)
+        fill(new, value, self)
+        self._mutable.append((value, new, had, contents_of(new)))
 
     def changed(self) -> bool:
         """Whether an original has other contents now than when it was copied."""
-        return any(not _same(_contents(value), had) for value, _, had, _ in self._mutable)
+        return any(not _same(contents_of(value), had) for value, _, had, _ in self._mutable)
 
     def written(self) -> bool:
         """Whether a copy has."""
-        return any(not _same(_contents(new), had) for _, new, _, had in self._mutable)
+        return any(not _same(contents_of(new), had) for _, new, _, had in self._mutable)
 
     def give_back(self, back: "Replacing") -> None:
         """Write into the originals what was written into their copies, as `back` has it."""
         for i, (value, new, _, had) in enumerate(self._mutable):
-            if not _same(_contents(new), had):
-                _fill(value, new, back)
-                self._mutable[i] = value, new, _contents(value), _contents(new)
+            if not _same(contents_of(new), had):
+                fill(value, new, back)
+                self._mutable[i] = value, new, contents_of(value), contents_of(new)
 
     def copies(self) -> list[Any]:
         """All that were made."""
@@ -150,14 +150,14 @@ def _empty(kind: type) -> Any:
     try:
         return object.__new__(kind)
     except TypeError:  # not written in Python
-        return kind.__new__(kind)
+        return kind.__new__(kind)  # type: ignore[call-overload]
 
 
 def _rebuilt(value: Any, items: list[Any]) -> Any:
     return value._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
-def _contents(value: Any) -> list[Any]:
+def contents_of(value: Any) -> list[Any]:
     """All that is in it, keys and values, in order."""
     own: list[Any] = []
     if isinstance(value, dict):
@@ -172,7 +172,7 @@ def _same(now: list[Any], then: list[Any]) -> bool:
     return len(now) == len(then) and all(map(is_, now, then))
 
 
-def _fill(target: Any, source: Any, like: Callable[[Any], Any]) -> None:
+def fill(target: Any, source: Any, like: Callable[[Any], Any]) -> None:
     """Give `target` the contents of `source`, each as `like` has it."""
     if isinstance(source, dict):
         items = {like(key): like(one) for key, one in dict.items(source)}

@@ -6,7 +6,9 @@ list of layers, a bound method, a closure, a helper object) is copied as far as 
 the view to a parameter that it replaces. What forward sets is set in the network when the call is over.
 """
 
+import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from operator import is_
 from types import GeneratorType
@@ -18,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from varify.errors import at_users_line
-from varify.replacing import PLAIN, Replacing, beneath
+from varify.replacing import PLAIN, Replacing, beneath, contents_of, fill
 from varify.selection import Site
 
 Theta = Mapping[str, Any]
@@ -119,6 +121,8 @@ class View:
         self._static = Replacing(self._shells)
         self._parts = [_Part(m, shells[id(m)], leads[m], names, self._static, whole) for m in live]
         self._varying = any(part.varying for part in self._parts)
+        self._scripted = [module for module in leads if not _can_be_copied(module)]
+        self._modes: list[bool] = []
         self._call: Replacing | None = None
         self._cached: dict[Any, Any] | None = None
         self.network: nn.Module = shells.get(id(network), network)
@@ -154,6 +158,10 @@ class View:
             self._call = Replacing(self._shells | draws, self._static)
         for part in self._parts:
             part.put(theta, training, buffers, self._call)
+        if training is not None:  # TorchScript can't be copied: its own flag is set meanwhile
+            self._modes = [module.training for module in self._scripted]
+            for module in self._scripted:
+                module.training = training
         self._cached = None
         if parametrize._cache_enabled:  # it knows the modules of all copies by one identity
             self._cached = dict(parametrize._cache)
@@ -166,12 +174,15 @@ class View:
             Whether the view can serve again: nothing that the call left behind needs it as it is.
         """
         self._give_back()
+        for module, mode in zip(self._scripted, self._modes, strict=False):
+            module.training = mode
+        self._modes = []
         if self._cached is not None:
             parametrize._cache.clear()
             parametrize._cache.update(self._cached)
         call, self._call = self._call, None
         del call
-        if self._references() != self._unheld:
+        if self._references() != self._unheld and not self._taken_back():
             return False
         for part in self._parts:
             part.put({}, None, None, None)
@@ -195,6 +206,17 @@ class View:
             if self.keeps and copies is not None and copies.written():
                 back = back or self._back()
                 copies.give_back(back)
+
+    def _taken_back(self) -> bool:
+        """Whether nothing holds the view once its modules are out of what hooks and helpers wrote into."""
+        shells = {id(part.shell): part.live for part in self._parts}
+        reached = [one for part in self._parts for value in vars(part.live).values() for one in beneath(value)]
+        holders = [one for one in reached if isinstance(one, (dict, list, set, deque))]
+        del reached
+        for holder in holders:
+            if any(id(one) in shells for one in contents_of(holder)):
+                fill(holder, copy.copy(holder), Replacing(shells))
+        return self._references() == self._unheld
 
     def following(self, output: Any) -> Any:
         """The output of a call that holds this view; what its generators set later is set in the network as well."""
@@ -334,17 +356,13 @@ class _Part:
 
     def give_back(self, back: Replacing) -> None:
         """Set in the live module what forward has set in the view's, as `back` has it."""
-        live, own, seen, before = self.live, self._own, self._seen, self._loaded
+        own, seen, before = self._own, self._seen, self._loaded
         for attr in before.keys() - seen.keys():
             own.pop(attr, None)
         for attr, value in seen.items():
             if attr in _TABLES or attr in self._apart or (attr in before and before[attr] is value):
                 continue
-            new = back(value)
-            if isinstance(new, (nn.Module, nn.Parameter)):
-                setattr(live, attr, new)
-            else:
-                own[attr] = new
+            own[attr] = back(value)  # also a parameter: registered, it could not be set to a draw by the next call
         for table in ("_parameters", "_modules"):
             for key in seen[table].keys() ^ own[table].keys():
                 if key in seen[table]:
@@ -371,7 +389,7 @@ def _leads(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:
     pending = [network]
     while pending:
         module = pending.pop()
-        if module in found:
+        if module in found or _is_around(module, network):
             continue
         leads: dict[str, frozenset[int]] = {}
         found[module] = leads
@@ -405,6 +423,11 @@ def _that_reach(names: set[int], leads: Mapping[nn.Module, Mapping[str, frozense
     return reaching
 
 
+def _is_around(module: nn.Module, network: nn.Module) -> bool:
+    """Whether it is the variational module of this network: who calls that calls it anew, with weights of its own."""
+    return hasattr(type(module), "state_of_a_copy") and any(part is network for part in module._modules.values())
+
+
 def _can_be_copied(module: nn.Module) -> bool:
     return not isinstance(module, torch.jit.ScriptModule)
 
@@ -430,12 +453,13 @@ def _taken_for(live: nn.Module) -> type:
     class Same:
         __slots__ = ()
         __hash__ = live.__hash__  # type: ignore[assignment]
+        _stands_for = live
 
         def __init_subclass__(cls) -> None:
             """Tell no class of the user's that it has a subclass."""
 
         def __eq__(self, other: object) -> bool:
-            return other is live or other is self
+            return other is live or (hasattr(other, "_stands_for") and other._stands_for is live)
 
         @property
         def __class__(self) -> Any:

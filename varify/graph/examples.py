@@ -1,5 +1,6 @@
 """Who is an example: which rows of each operation belong to one, found by running a record with one changed."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,11 +89,11 @@ class _Rows(fx.Interpreter):
         self._kept: dict[fx.Node, Tensor] = {}
 
     def rows(self, inputs: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """By operation, its output without the last dimension."""
+        """Outputs by operation, of those that it comes to."""
         devices = {t.device.index for t in inputs.values() if t.is_cuda}
-        with torch.random.fork_rng(sorted(devices)):
+        with torch.random.fork_rng(sorted(devices)), contextlib.suppress(Exception):
             torch.manual_seed(0)
-            self.run(*(t.clone() for t in inputs.values()))
+            self.run(*(t.clone() for t in inputs.values()))  # may end early: data decided of lengths in the record
         return self._kept
 
     def fetch_attr(self, target: str) -> Any:

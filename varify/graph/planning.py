@@ -10,6 +10,8 @@ from varify.estimators import Rule, canonical, find
 from varify.graph.views import CASTS, TRANSPOSES, Path, step
 from varify.moments import Examples
 
+GRADIENTS_ARE_OFF = "it is used where gradients are off: no_grad, an autograd.Function, a reentrant checkpoint"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -46,6 +48,8 @@ def _uses(source: fx.Node, path: Path) -> Iterator[Use]:
 def _step(user: fx.Node, source: fx.Node) -> tuple[Any, ...] | None:
     if not user.args or user.args[0] is not source or user.op not in ("call_function", "call_method"):
         return None
+    if not user.meta.get("gradients", True):
+        return None  # what comes of it has no gradient, or that of an autograd.Function
     if user.target is getattr:
         return step(str(user.args[1]), (), {})
     return step(_name(user.target), user.args[1:], user.kwargs)
@@ -100,7 +104,7 @@ def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Exam
     if not uses:
         return Decision(why="no operation was seen to use it")
     if not all(use.node.meta.get("gradients", True) for use in uses):
-        return Decision(why="it is used where gradients are off: no_grad, an autograd.Function, a reentrant checkpoint")
+        return Decision(why=GRADIENTS_ARE_OFF)
     several, automatic = len(uses) > 1 and not _disjoint(uses), estimator == "auto"
     estimator = ("flipout" if several or not _once(uses, examples) else "local") if automatic else estimator
     if several and estimator != "flipout":
@@ -187,6 +191,10 @@ def _inconsistent(served: list[tuple[Use, Examples]]) -> str:
     """Why several uses can't share one noise; empty if they can."""
     if len({(e.number, e.dim is None) for _, e in served}) > 1:
         return "of examples and of none"
+    if len({(use.path, use.operation, e) for use, e in served}) > len({(use.path, use.operation) for use, _ in served}):
+        return "with examples along different dimensions"  # a checkpoint may run any of them again
+    if len({(use.operation, e.dim, e.minor) for use, e in served}) > len({use.operation for use, _ in served}):
+        return "with examples in different dimensions"  # a use that runs again would not be told from the others
     if any(use.operation in ("add", "mul") for use, _ in served) and len({use.operation for use, _ in served}) > 1:
         return "by different operations"
     if any(taken[0] not in TRANSPOSES | CASTS for use, _ in served for taken in use.path):

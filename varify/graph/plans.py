@@ -26,7 +26,7 @@ class Record:
         inputs: the tensors of the call, by placeholder.
         held: the network's parameters and buffers, by name, as they were in the call.
         constants: tensors and objects that came from elsewhere.
-        written: names of the buffers that the call wrote into.
+        written: names of those of `held` that the call wrote into, or may have.
     """
 
     graph: fx.Graph
@@ -38,7 +38,9 @@ class Record:
 
     def examples(self, nodes: list[fx.Node], batch_dim: int) -> Any:
         """See `find_examples`."""
-        return find_examples(self.graph, self.held | self.constants, self.inputs, nodes, batch_dim)
+        # of plain tensors the replay takes copies, so that frozen parameters which the call wrote stay as they are
+        own = {name: self.held[name].detach() for name in self.written}
+        return find_examples(self.graph, self.held | own | self.constants, self.inputs, nodes, batch_dim)
 
     def parameters(self, names: Mapping[str, Any]) -> dict[str, fx.Node]:
         """The get_attr nodes of those of `names` that the call used."""
@@ -74,13 +76,19 @@ def record(
         chosen: names of the variational parameters.
     """
     held = dict(network.named_parameters()) | dict(network.named_buffers())
-    versions = {name: buffer._version for name, buffer in network.named_buffers()}
+    versions = {name: tensor._version for name, tensor in held.items() if not tensor.is_inference()}
     recording = Recording(inputs, {id(t): (t, name) for name, t in held.items()}, chosen)
     with recording:
         output = call(network)
     recording.finish(output)
     written = {name for name, version in versions.items() if held[name]._version != version}
+    written |= {str(node.args[0].target) for node in recording.graph.nodes if _is_of_data(node)} & held.keys()
     return output, Record(recording.graph, recording.decisions, inputs, held, recording.constants, written)
+
+
+def _is_of_data(node: fx.Node) -> bool:
+    """Whether it reads or sets `.data`, which tells no version."""
+    return node.target in (getattr, setattr) and node.args[1] == "data" and isinstance(node.args[0], fx.Node)
 
 
 class Plan:
@@ -134,6 +142,15 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def may_run_again() -> bool:
+    """Whether a checkpoint may be around a call: backward runs it again then, and must find what forward did.
+
+    Of a reentrant one nothing is seen but that gradients are off.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not torch.is_grad_enabled() or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+
+
 def run_planned(
     plan: Plan,
     views: Views,
@@ -153,8 +170,17 @@ def run_planned(
     while True:
         before = plan.snapshot(views.network)
         theta, cells = plan.theta(posteriors, count)
+
+        def attempt(network: nn.Module, cells: list[Cell] = cells) -> Any:
+            try:
+                return call(network)
+            finally:  # TorchScript makes another error of it, and an `except:` none
+                for cell in cells:
+                    if cell.unforeseen is not None:
+                        raise cell.unforeseen
+
         try:
-            return views.run(call, theta)
+            return views.run(attempt, theta)
         except Unforeseen as found:
             plan.correct(found.name, found.why)
             before.restore()
@@ -165,21 +191,30 @@ def run_planned(
                     plan.correct(cell.name, cell.late)
 
 
+# Buffers of so many elements at most, such as counters and running means, are kept though no call has written them yet.
+_FEW = 2**12
+
+
 class _Snapshot:
-    """What a call that is repeated must find as it was: buffers, and the random numbers."""
+    """What a call that is repeated must find as it was: buffers, lists and dicts of modules, and the random numbers."""
 
     def __init__(self, network: nn.Module, written: set[str]) -> None:
-        self._tables = [(m._buffers, dict(m._buffers)) for m in network.modules() if m._buffers]
-        buffers = dict(network.named_buffers()) if written else {}
-        self._values = [(buffers[name], buffers[name].clone()) for name in written if name in buffers]
-        devices = {t.device for t, _ in self._values if t.is_cuda}
+        modules = list(network.modules())
+        self._tables = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
+        buffers = {name: b for name, b in network.named_buffers() if name in written or b.numel() <= _FEW}
+        self._values = [(buffer, buffer.clone()) for buffer in buffers.values()]
+        self._lists = [(v, list(v)) for m in modules for v in vars(m).values() if type(v) is list]
+        self._dicts = [(v, dict(v)) for m in modules for k, v in vars(m).items() if type(v) is dict and k[0] != "_"]
+        devices = {t.device for t in (*network.parameters(), *network.buffers()) if t.is_cuda}
         self._states = [(device, random_state(device)) for device in (torch.device("cpu"), *devices)]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for table, was in self._tables:
+        for table, was in (*self._tables, *self._dicts):
             table.clear()
             table.update(was)
+        for items, had in self._lists:
+            items[:] = had
         for buffer, value in self._values:
             buffer.copy_(value)
         for device, state in self._states:

@@ -62,12 +62,15 @@ class Recording(TorchFunctionMode):
         self._known: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._attributes: dict[str, fx.Node] = {}
         self._ambience = self._first_ambience = _ambience()
-        self._gradients = torch.is_grad_enabled()
+        self._gradients, self._level = torch.is_grad_enabled(), transforms()
         for name, tensor in inputs.items():
             self._learn(tensor, self.graph.placeholder(name))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if transforms() != self._level:
+            self._note_transformed(args, kwargs)
+            return func(*args, **kwargs)
         nodes = self._node(tuple(args)), self._node(dict(kwargs))
         if _has_chosen(nodes) and not has_rule(func):
             inner = inside(func)
@@ -150,6 +153,13 @@ class Recording(TorchFunctionMode):
                     part.meta["chosen"] = node.meta.get("chosen", False)
                     self._learn(one, part)
 
+    def _note_transformed(self, args: Any, kwargs: Any) -> None:
+        """Tensors within a transform are of no use outside; but weights that came in by a closure are used there."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        nodes = [self._node(t) for t in tensors if id(t) in self._held or self._known_node(t) is not None]
+        if any(node.meta.get("chosen") for node in nodes):
+            self.graph.call_function(transform_of_torch_func, tuple(nodes))
+
     def _create(self, func: Any, name: str, args: Any, kwargs: Any) -> fx.Node:
         if name == "__get__":
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
@@ -207,6 +217,16 @@ def set_ambience(gradients: bool, *autocast: tuple[bool, torch.dtype]) -> None:
     for kind, (enabled, dtype) in zip(("cpu", "cuda"), autocast, strict=True):
         torch.set_autocast_enabled(kind, enabled)
         torch.set_autocast_dtype(kind, dtype)
+
+
+def transforms() -> int | None:
+    """How many transforms of torch.func run around this, such as vmap or grad; None if none does."""
+    level: int | None = torch._C._functorch.maybe_current_level()
+    return level
+
+
+def transform_of_torch_func(*tensors: Tensor) -> None:
+    """Stands in a record for what a transform within forward does with these."""
 
 
 @functools.cache

@@ -7,7 +7,7 @@ for the weight's numbers the weight is drawn, once a call.
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from varify.estimators import Rule, canonical, find, has_rule
-from varify.graph.planning import Decision, is_once
-from varify.graph.recording import inside
+from varify.graph.planning import GRADIENTS_ARE_OFF, Decision, is_once
+from varify.graph.recording import inside, transforms
 from varify.graph.views import PROPERTIES, Path, step, view_moments, view_tensor
 from varify.moments import Examples, Moments
 from varify.posteriors import GaussianPosterior
@@ -61,10 +61,11 @@ class Cell:
         for use, examples in decision.uses:
             self._foreseen.setdefault(use.path, []).append((use.operation, examples))
         self._met: dict[Path, int] = {}
-        self._states: dict[Path, Any] = {}
+        self._states: dict[Path, tuple[Tensor, Tensor]] = {}
         self._draw: Tensor | None = None
-        self._gradients = torch.is_grad_enabled()
+        self._gradients, self._level = torch.is_grad_enabled(), transforms()
         self.over = False
+        self.unforeseen: Unforeseen | None = None
         self.moments = q.moments(keeping=(count or 1) if self._keeps else None)
 
     def stand_in(self) -> Any:
@@ -75,11 +76,11 @@ class Cell:
 
     def serve(self, path: Path, operation: Any, rule: Rule, arguments: dict[str, Any]) -> tuple[Rule, Examples] | None:
         """The rule and the examples for this use, if it is a foreseen one; it counts as met then."""
-        place = self._met.get(path, 0)
         foreseen = self._foreseen.get(path, [])
-        if self.over and foreseen:
-            place %= len(foreseen)
-        if place >= len(foreseen) or torch.is_grad_enabled() < self._gradients:
+        if self.over:  # uses run again in any order, and those of one operation are alike
+            foreseen = [use for use in foreseen if use[0] == operation][:1]
+        place = 0 if self.over else self._met.get(path, 0)
+        if place >= len(foreseen):
             return None
         expected, examples = foreseen[place]
         if expected != operation:
@@ -108,6 +109,20 @@ class Cell:
         once = local is not None and is_once(local, arguments, examples)
         return local if once and local else flipout or rule
 
+    def check(self) -> None:
+        """Raise `Unforeseen` where neither a draw nor a rule would do, since gradients would not come back."""
+        if self.over:
+            return
+        if torch.is_grad_enabled() < self._gradients:
+            raise self.unforeseen_as(GRADIENTS_ARE_OFF)
+        if transforms() != self._level:
+            raise self.unforeseen_as("it is used in a transform of torch.func")
+
+    def unforeseen_as(self, why: str) -> Unforeseen:
+        """The error; it is known here too, for those who make another of it, or none."""
+        self.unforeseen = Unforeseen(self.name, why)
+        return self.unforeseen
+
     def drawn(self, why: str) -> Tensor:
         """The call's one draw.
 
@@ -116,15 +131,15 @@ class Cell:
         """
         if self._draw is None:
             if any(self._met.values()) and not self.over:
-                raise Unforeseen(self.name, why)
+                raise self.unforeseen_as(why)
             self.late = why
+            rho = self._q.rho
             # of a generator of its own, else it would shift the random numbers of what follows
-            generator = torch.Generator(self._q.rho.device)
-            generator.manual_seed(zlib.crc32(random_state(self._q.rho.device).numpy().tobytes()))
-            eps = torch.randn(
-                self._q.rho.shape, generator=generator, device=self._q.rho.device, dtype=self._q.rho.dtype
-            )
-            self._draw = self._q.at(eps).to(self._q.mu.dtype)
+            generator = torch.Generator(rho.device)
+            generator.manual_seed(zlib.crc32(self.name.encode() + random_state(rho.device).numpy().tobytes()))
+            eps = torch.randn(rho.shape, generator=generator, device=rho.device, dtype=rho.dtype)
+            with kept_by_no_checkpoint():
+                self._draw = self._q.at(eps).to(self._q.mu.dtype)
         return self._draw
 
 
@@ -164,6 +179,9 @@ class _StandIn(Tensor):
         if name in _ANSWERED and func.__name__ != "__set__":
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, _StandIn):
+                leaf.cell.check()
         first = args[0] if args else None
         if isinstance(first, _StandIn) and (name not in PROPERTIES or func.__name__ == "__get__"):
             taken = step(name, args[1:], kwargs)
@@ -185,7 +203,7 @@ class _StandIn(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # past torch functions: TorchScript, or a transform over the weight. Here gradients would be lost.
         (one, *_) = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, _StandIn)]
-        raise Unforeseen(one.cell.name, f"it meets {func} where torch functions are not seen")
+        raise one.cell.unforeseen_as(f"it meets {func} where torch functions are not seen")
 
     def _viewed(self, taken: tuple[str, str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         path, name = (*self.path, taken), taken[0]
@@ -260,20 +278,36 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 
 
 @contextmanager
-def _noise(states: dict[Path, Tensor], path: Path, again: bool, device: torch.device) -> Iterator[None]:
-    """Within, the random numbers of a use; `again`: those of its first time, whatever the generator's state is."""
+def _noise(states: dict[Path, tuple[Tensor, Tensor]], path: Path, again: bool, device: torch.device) -> Iterator[None]:
+    """Within, the random numbers of a use; `again`: those of its first time, whatever the generator's state is.
+
+    A checkpoint that restored the generator goes on with the numbers that followed then, also where the use itself has
+    kept its noise and draws none.
+    """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         yield
         return
     now = random_state(device)
     if not again:
-        states.setdefault(path, now)
         yield
-    elif path not in states or torch.equal(now, states[path]):
+        states.setdefault(path, (now, random_state(device)))
+    elif path not in states:
         yield
     else:
-        set_random_state(device, states[path])
+        before, after = states[path]
+        set_random_state(device, before)
         try:
             yield
         finally:
-            set_random_state(device, now)
+            set_random_state(device, after if torch.equal(now, before) else now)
+
+
+def kept_by_no_checkpoint() -> Any:
+    """Within, tensors are saved for backward as ever: a checkpoint would not find them when it runs again."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
