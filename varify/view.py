@@ -330,7 +330,8 @@ class _Part:
             table[key] = live[key] if name is None or name not in theta else theta[name]
         for attr in self.varying:
             seen[attr] = self._own[attr] if call is None else call(self._own[attr])
-        seen["training"] = self._own["training"] if training is None else training
+        if "training" in self._own:  # of a compiled module it is that of the module within
+            seen["training"] = self._own["training"] if training is None else training
         if buffers is not None:
             for buffer in self._own["_buffers"].values():
                 if buffer is not None and id(buffer) not in buffers:
