@@ -330,7 +330,8 @@ class _Part:
             table[key] = theta.get(name, live[key])
         for attr in self.varying:
             seen[attr] = self._own[attr] if call is None else call(self._own[attr])
-        seen["training"] = self._own["training"] if training is None else training
+        if "training" in self._own:  # of a compiled module it is that of the module within
+            seen["training"] = self._own["training"] if training is None else training
         if self._apart:
             seen.update(self.live.state_of_a_view())  # type: ignore[operator]
         if buffers is not None:
