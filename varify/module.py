@@ -381,6 +381,8 @@ class VariationalModule(nn.Module):
     def _ordinary(self, weights: Callable[["VariationalModule"], Mapping[str, Tensor]]) -> nn.Module:
         """A copy of the network with these weights, also of the variational modules within it."""
         new = copy_network(self.module)
+        for copied, part in zip(variational_parts(new), variational_parts(self.module), strict=True):
+            copied._noise = part._noise  # within `fixed_draw`
         inside = sites(new)
         for name, weight in weights(self).items():
             inside[name].parameter.copy_(weight)
