@@ -149,13 +149,6 @@ class VariationalModule(nn.Module):
 
     def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         slots = self._slots()
-        if may_run_again():
-            with kept_by_no_checkpoint():
-                _, plan = self._planned(args, kwargs)
-            refuse(plan.decisions, self._strict)
-            slots.plans[kind] = plan
-            return self._estimated(args, kwargs)
-        theta = draw(slots.posteriors())
 
         def call(network: nn.Module) -> Any:
             return network(*args, **kwargs)
@@ -163,11 +156,16 @@ class VariationalModule(nn.Module):
         if in_transform():  # of torch.func, where values can't be looked at
             if self._strict:
                 raise EstimatorError("strict=True: call the module once outside of torch.func's transforms first")
-            return slots.views.run(call, theta)
+            return slots.views.run(call, draw(slots.posteriors()))
+        if may_run_again() or self._strict:  # strict may refuse, and then nothing is to have happened
+            with kept_by_no_checkpoint():
+                _, plan = self._planned(args, kwargs)
+            refuse(plan.decisions, self._strict and torch.is_grad_enabled())
+            slots.plans[kind] = plan
+            return self._estimated(args, kwargs)
+        theta = draw(slots.posteriors())
         output, found = slots.views.run(lambda network: record(network, call, inputs, slots.sites), theta)
-        plan = Plan(found, self._estimators, self._batch_dim)
-        refuse(plan.decisions, self._strict and torch.is_grad_enabled())
-        slots.plans[kind] = plan
+        slots.plans[kind] = Plan(found, self._estimators, self._batch_dim)
         return output
 
     def _at_means(self, args: Any, kwargs: Any) -> Any:

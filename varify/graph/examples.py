@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from varify.graph.recording import is_dense
 from varify.moments import Examples
 
+_DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"})
 _BATCH_NORMS = (nn.functional.batch_norm, torch.batch_norm)
 
 
@@ -100,6 +101,8 @@ class _Rows(fx.Interpreter):
         return self._attributes[target]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "__name__", "") in _DROPOUTS:  # which would hide rows
+            return args[0] if args else kwargs["input"]
         if target in _BATCH_NORMS:
             args, kwargs = _in_eval(target, args, kwargs)
         if getattr(target, "__name__", "") == "set_ambience":
