@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from varify.graph.recording import is_dense
 from varify.moments import Examples
@@ -45,10 +47,11 @@ def find_examples(
     which = 1  # not 0, whose rows come first however the others follow
     try:
         changed = _with_one_changed(inputs, batch_dim, count, which)
-        runs = [_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed)]
+        before, attributes = _without_writing(graph, attributes, set(nodes), inputs)
+        after = _Rows(graph, attributes, set(nodes)).rows(changed)
     except Exception:  # of a type that can't be changed, or with an operation that can't run twice: the call itself ran
         return dict.fromkeys(nodes)
-    return {node: _of_rows(runs[0].get(node), runs[1].get(node), count, which) for node in nodes}
+    return {node: _of_rows(before.get(node), after.get(node), count, which) for node in nodes}
 
 
 def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, which: int) -> dict[str, Tensor]:
@@ -75,15 +78,65 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
     return changed
 
 
+class _Written(Exception):
+    """A record writes into a parameter."""
+
+    def __init__(self, storage: int) -> None:
+        super().__init__("the network writes into a parameter")
+        self.storage = storage
+
+
+class _Unwritten(TorchDispatchMode):
+    """Raises `_Written` in place of an operation that writes into one of these storages, whatever view it has of it."""
+
+    def __init__(self, storages: set[int]) -> None:
+        super().__init__()
+        self._storages = storages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for argument, value in (*zip(func._schema.arguments, args, strict=False), *_named(func, kwargs)):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in pytree.tree_leaves(value):
+                        if isinstance(tensor, Tensor) and is_dense(tensor) and _storage(tensor) in self._storages:
+                            raise _Written(_storage(tensor))
+        return func(*args, **kwargs)
+
+
+def _named(func: Any, kwargs: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    return [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _without_writing(
+    graph: fx.Graph, attributes: Mapping[str, Any], nodes: set[fx.Node], inputs: Mapping[str, Tensor]
+) -> tuple[dict[fx.Node, Tensor], dict[str, Any]]:
+    """The rows, and the attributes for other runs: with copies of those parameters that the record writes into.
+
+    Not of all, which may be many.
+    """
+    apart = dict(attributes)
+    while True:
+        live = {_storage(p) for p in apart.values() if isinstance(p, nn.Parameter) and is_dense(p)}
+        try:
+            with _Unwritten(live):
+                return _Rows(graph, apart, nodes).rows(inputs), apart
+        except _Written as found:
+            for name, value in apart.items():
+                if isinstance(value, nn.Parameter) and is_dense(value) and _storage(value) == found.storage:
+                    apart[name] = value.detach().clone()
+
+
 class _Rows(fx.Interpreter):
     """Runs a record; keeps of some operations one number a row, that is the sum over the last dimension."""
 
     def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any], nodes: set[fx.Node]) -> None:
         super().__init__(nn.Module(), graph=graph)
-        self._attributes = {
-            name: value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-            for name, value in attributes.items()
-        }
+        self._attributes = {name: _copied(value) for name, value in attributes.items()}
         self._nodes = nodes
         self._kept: dict[fx.Node, Tensor] = {}
 
@@ -99,6 +152,8 @@ class _Rows(fx.Interpreter):
         return self._attributes[target]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is setattr and isinstance(args[0], nn.Parameter):  # p.data = ...
+            raise _Written(_storage(args[0]))
         if target in _BATCH_NORMS:
             args, kwargs = _in_eval(target, args, kwargs)
         if getattr(target, "__name__", "") == "set_ambience":
@@ -110,6 +165,12 @@ class _Rows(fx.Interpreter):
         if n in self._nodes and isinstance(result, Tensor):
             self._kept[n] = result.detach().clone()
         return result
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
 def _in_eval(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
