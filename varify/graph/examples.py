@@ -47,10 +47,10 @@ def find_examples(
     which = 1  # not 0, whose rows come first however the others follow
     try:
         changed = _with_one_changed(inputs, batch_dim, count, which)
-        runs = [_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed)]
+        before, after = (_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed))
     except Exception:  # of a type that can't be changed, or with an operation that can't run twice: the call itself ran
         return dict.fromkeys(nodes)
-    return {node: _of_rows(runs[0].get(node), runs[1].get(node), count, which) for node in nodes}
+    return {node: _of_rows(before.get(node), after.get(node), count, which) for node in nodes}
 
 
 def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, which: int) -> dict[str, Tensor]:
@@ -78,14 +78,11 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
 
 
 class _Rows(fx.Interpreter):
-    """Runs a record; keeps of some operations one number a row, that is the sum over the last dimension."""
+    """Runs a record on copies of what it holds, and keeps the outputs of some operations."""
 
     def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any], nodes: set[fx.Node]) -> None:
         super().__init__(nn.Module(), graph=graph)
-        self._attributes = {
-            name: value.detach().clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
-            for name, value in attributes.items()
-        }
+        self._attributes = {name: _copied(value) for name, value in attributes.items()}
         self._nodes = nodes
         self._kept: dict[fx.Node, Tensor] = {}
 
@@ -114,6 +111,12 @@ class _Rows(fx.Interpreter):
         if n in self._nodes and isinstance(result, Tensor):
             self._kept[n] = result.detach().clone()
         return result
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    return value.detach().clone() if isinstance(value, Tensor) else value  # which the record may write into
 
 
 def _in_eval(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
