@@ -10,7 +10,7 @@ PACKAGE = Path(varify.__file__).parent
 ORDER = [
     *("errors", "divergence", "moments", "posteriors", "priors", "factorised", "inits", "estimators", "checkpoints"),
     *("likelihoods", "schedules", "trees", "prediction", "draws", "summary"),
-    *("reachable", "replacing", "copies", "sharding", "signature", "selection", "view", "graph", "slots"),
+    *("reachable", "replacing", "copies", "sharding", "signature", "selection", "parts", "view", "graph", "slots"),
     *("module", "variationalize", "arguments", "objective", "batches", "fitting", "saving", "pruning", "description"),
 ]
 # The folder that is alone with torch.fx, likewise.

@@ -141,13 +141,18 @@ class VariationalModule(nn.Module):
         count = count_of(inputs, self._batch_dim)
         # without gradients a forward may take another branch
         kind = (kind_of_call(args, kwargs), count == 1, torch.is_grad_enabled())
-        if kind not in slots.plans:
-            return self._first_of_its_kind(kind, inputs, args, kwargs)
-        return run_planned(
-            slots.plans[kind], slots.views, slots.posteriors(), count, lambda network: network(*args, **kwargs)
-        )
 
-    def _first_of_its_kind(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        def recorded() -> Any:
+            return self._recorded(kind, inputs, args, kwargs)
+
+        def call(network: nn.Module) -> Any:
+            return network(*args, **kwargs)
+
+        if kind not in slots.plans:
+            return recorded()
+        return run_planned(slots.plans[kind], slots.views, slots.posteriors(), count, call, recorded)
+
+    def _recorded(self, kind: Any, inputs: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
         slots = self._slots()
 
         def call(network: nn.Module) -> Any:
@@ -159,13 +164,13 @@ class VariationalModule(nn.Module):
             return slots.views.run(call, draw(slots.posteriors()))
         if may_run_again() or self._strict:  # strict may refuse, and then nothing is to have happened
             with kept_by_no_checkpoint():
-                _, plan = self._planned(args, kwargs)
+                _, plan = self._planned(args, kwargs, slots.plans.get(kind))
             refuse(plan.decisions, self._strict and torch.is_grad_enabled())
             slots.plans[kind] = plan
             return self._estimated(args, kwargs)
         theta = draw(slots.posteriors())
         output, found = slots.views.run(lambda network: record(network, call, inputs, slots.sites), theta)
-        slots.plans[kind] = Plan(found, self._estimators, self._batch_dim)
+        slots.plans[kind] = Plan(found, self._estimators, self._batch_dim, slots.plans.get(kind))
         return output
 
     def _at_means(self, args: Any, kwargs: Any) -> Any:
@@ -455,7 +460,9 @@ class VariationalModule(nn.Module):
         decided = [f"# data decided: {line}" for line in module.meta["decided"]]
         return "\n".join([*decided, str(module.code).strip(), ""])
 
-    def _planned(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Record, Plan]:
+    def _planned(
+        self, inputs: tuple[Any, ...], named: Mapping[str, Any], before: Plan | None = None
+    ) -> tuple[Record, Plan]:
         """A call recorded that leaves nothing behind, and its plan."""
         slots = self._slots()
         posteriors, tensors = slots.posteriors(), placeholders(inputs, named)
@@ -466,7 +473,7 @@ class VariationalModule(nn.Module):
         with torch.random.fork_rng(cuda_devices(posteriors)):
             _, found = slots.apart.run(recorded, draw(posteriors), buffers={})
         estimators = self._estimators if self._estimates() else dict.fromkeys(self._estimators, "weights")
-        return found, Plan(found, estimators, self._batch_dim)
+        return found, Plan(found, estimators, self._batch_dim, before)
 
     def extra_repr(self) -> str:
         """How many parameters are variational."""

@@ -4,11 +4,15 @@ import datetime
 import importlib.metadata
 import platform
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from tests import conftest  # noqa: F401  # what torchvision needs
 from tests.zoo import GROUPS
-from tests.zoo.checks import Record, examine
+from tests.zoo.checks import Record, examined
 
 HEAD = """# The zoo
 
@@ -29,13 +33,12 @@ they run one by one.
 
 def main(groups: list[str]) -> None:
     """Examines every architecture of the groups, of all if there are none given, and then writes the table."""
-    records: dict[str, list[Record]] = {}
-    for group in groups or GROUPS:
-        records[group] = []
-        for name, entry in GROUPS[group].entries().items():
-            record = examine(name, entry)
+    wanted = [(group, name) for group in groups or GROUPS for name in GROUPS[group].entries()]
+    records: dict[str, list[Record]] = {group: [] for group, _ in wanted}
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for (group, _), record in zip(wanted, pool.map(examined, *zip(*wanted, strict=True)), strict=True):
             records[group].append(record)
-            print(f"{group}: {name}: {record.seconds:.1f} s", record.failures or "", flush=True)
+            print(f"{group}: {record.name}: {record.seconds:.1f} s", record.failures or "", flush=True)
     if not groups:
         (Path(__file__).parent / "README.md").write_text(HEAD + "\n" + told(records))
 

@@ -56,6 +56,14 @@ class Record:
             )
 
 
+def examined(group: str, name: str) -> Record:
+    """Of one architecture, for a process of its own."""
+    from tests import conftest  # noqa: F401  # what torchvision needs
+    from tests.zoo import GROUPS
+
+    return examine(name, GROUPS[group].entries()[name])
+
+
 def examine(name: str, entry: Entry) -> Record:
     """All checks of one architecture; none stops another."""
     record, start = Record(name), time.perf_counter()

@@ -73,6 +73,7 @@ class Decision:
         uses: that meet its moments, with the examples of each, in the order in which they run.
         keeps: several of them, which share one noise.
         automatic: "auto" was wanted: which estimator it is follows from the shapes of each call.
+        unseen: no operation used it in the recorded call: the first that does will be recorded.
     """
 
     estimator: str = "weights"
@@ -80,6 +81,7 @@ class Decision:
     uses: list[tuple[Use, Examples]] = field(default_factory=list)
     keeps: bool = False
     automatic: bool = False
+    unseen: bool = False
 
 
 def decide(
@@ -102,7 +104,7 @@ def decide(
 
 def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Examples | None]) -> Decision:
     if not uses:
-        return Decision(why="no operation was seen to use it")
+        return Decision(why="no operation was seen to use it", unseen=True)
     if not all(use.node.meta.get("gradients", True) for use in uses):
         return Decision(why=GRADIENTS_ARE_OFF)
     several, automatic = len(uses) > 1 and not _disjoint(uses), estimator == "auto"

@@ -96,21 +96,36 @@ class Plan:
 
     Attributes:
         decisions: by parameter, of those that have an estimator other than "weights".
+        unseen_no_more: parameters that the recorded call did not use and a later one did.
     """
 
-    def __init__(self, found: Record, estimators: Mapping[str, str], batch_dim: int) -> None:
+    def __init__(
+        self, found: Record, estimators: Mapping[str, str], batch_dim: int, before: "Plan | None" = None
+    ) -> None:
         wanted = {name: estimator for name, estimator in estimators.items() if estimator != "weights"}
         uses = {name: uses_of(node) for name, node in found.parameters(wanted).items()}
         examples = found.examples([use.node for each in uses.values() for use in each], batch_dim)
         self.decisions = decide(uses, wanted, examples)
         self.decided = found.decided
         self._written = found.written
+        self.unseen_no_more: set[str] = set()
+        if before is not None:
+            self._take(before)
+
+    def _take(self, before: "Plan") -> None:
+        """Keep what an earlier plan knew; what it had not seen is known now, or will not be."""
+        self._written |= before._written
+        for name, known in before.decisions.items():
+            if not known.unseen:
+                self.decisions[name] = known
+            elif name in before.unseen_no_more and self.decisions[name].unseen:
+                self.decisions[name] = Decision(why="it is used where torch functions are not seen")
 
     def theta(
         self, posteriors: Mapping[str, GaussianPosterior], count: int | None
     ) -> tuple[dict[str, Any], list[Cell]]:
         """What a call is given for the parameters: a draw, or a stand-in; and the cells of the stand-ins."""
-        served = {name for name, decision in self.decisions.items() if decision.uses}
+        served = {name for name, decision in self.decisions.items() if decision.uses or decision.unseen}
         theta: dict[str, Any] = draw({name: q for name, q in posteriors.items() if name not in served})
         cells = [Cell(name, posteriors[name], self.decisions[name], count) for name in posteriors if name in served]
         theta.update({cell.name: cell.stand_in() for cell in cells})
@@ -157,11 +172,13 @@ def run_planned(
     posteriors: Mapping[str, GaussianPosterior],
     count: int | None,
     call: Callable[[nn.Module], Any],
+    recorded: Callable[[], Any],
 ) -> Any:
     """Run a call with stand-ins; again, with the weight drawn, where one meets what the plan does not foresee.
 
     Args:
         plan: is corrected then.
+        recorded: makes the call, and a plan of it that follows this one, where it uses a parameter unseen so far.
         views: of the network.
         posteriors: of all its chosen parameters.
         count: number of examples.
@@ -182,13 +199,18 @@ def run_planned(
         try:
             return views.run(attempt, theta)
         except Unforeseen as found:
-            plan.correct(found.name, found.why)
             before.restore()
+            if plan.decisions[found.name].unseen:
+                plan.unseen_no_more.add(found.name)
+            else:
+                plan.correct(found.name, found.why)
         finally:
             for cell in cells:
                 cell.over = True
                 if cell.late:
                     plan.correct(cell.name, cell.late)
+        if plan.unseen_no_more:
+            return recorded()
 
 
 # Buffers of so many elements at most, such as counters and running means, are kept though no call has written them yet.

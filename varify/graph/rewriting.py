@@ -82,7 +82,7 @@ def put(
     vars(module)["posteriors"] = dict(posteriors)
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
     assert first is not None
-    estimated = {name for name, decision in decisions.items() if decision.uses}
+    estimated = {name for name, decision in decisions.items() if decision.uses or decision.unseen}
     with graph.inserting_before(first):
         source = graph.create_node("get_attr", "posteriors")
         # the draws first, in the order of the posteriors, which is that of a forward's

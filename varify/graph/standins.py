@@ -56,7 +56,7 @@ class Cell:
         self.estimator, self._keeps, self._automatic = decision.estimator, decision.keeps, decision.automatic
         # as of a draw: where gradients are off, that of the parameter, which a forward may ask for
         self.requires_grad = q.mu.requires_grad or (q.rho.requires_grad and torch.is_grad_enabled())
-        self.late = ""
+        self._unseen, self.late = decision.unseen, ""
         self._foreseen: dict[Path, list[tuple[Any, Examples]]] = {}
         for use, examples in decision.uses:
             self._foreseen.setdefault(use.path, []).append((use.operation, examples))
@@ -127,10 +127,10 @@ class Cell:
         """The call's one draw.
 
         Raises:
-            Unforeseen: an operation has drawn its own noise for this weight before.
+            Unforeseen: an operation has drawn its own noise for this weight before, or it is the first to use it.
         """
         if self._draw is None:
-            if any(self._met.values()) and not self.over:
+            if (any(self._met.values()) or self._unseen) and not self.over:
                 raise self.unforeseen_as(why)
             self.late = why
             rho = self._q.rho
