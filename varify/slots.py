@@ -37,7 +37,7 @@ class Slots:
         self.network, self.sites = network, sites
         self._fixed = fixed
         # where the parts of each posterior are: to look names up anew takes longer than many a network's own layers
-        self._places = [
+        self._places: list[tuple[str, dict[str, Any], str, dict[str, Any], str, dict[str, Any]]] = [
             (name, site.owner._parameters, site.attr, *rho.place_of(name), prior.place_of(name)[0])
             for name, site in sites.items()
         ]
