@@ -151,7 +151,7 @@ def _mean_of(parameter: Any) -> Any:
 
 def _rows(arguments: dict[str, Any]) -> int:
     """Of the input of a linear map: each uses every element of the weight once."""
-    name = next(name for name in ("input", "input1", "mat1") if name in arguments)
+    name = next(name for name in ("mat1", "input1", "input") if name in arguments)  # addmm has its bias for `input`
     return math.prod(arguments[name].shape[:-1])
 
 

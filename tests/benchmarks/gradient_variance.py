@@ -8,7 +8,9 @@ layer, the variance of the gradient summed over its entries, relative to drawn w
 """
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,14 +38,16 @@ def trained(model: str, x: Tensor, y: Tensor) -> varify.VariationalModule:
     return vnet
 
 
-def variances(vnet: varify.VariationalModule, x: Tensor, y: Tensor, repeats: int) -> tuple[dict[str, float], float]:
-    """Summed variance by `mu`/`rho` and parameter; seconds of a gradient."""
+def variances(
+    vnet: varify.VariationalModule, loss: Callable[[], Tensor], repeats: int
+) -> tuple[dict[str, float], float]:
+    """Summed variance of the loss's gradient by `mu`/`rho` and parameter; seconds of a gradient."""
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     start = time.perf_counter()
     for _ in range(repeats):
         vnet.zero_grad()
-        F.cross_entropy(vnet(x), y).backward()
+        loss().backward()
         for name, q in vnet.posteriors.items():
             for kind, parameter in (("mu", q.mu), ("rho", q.rho)):
                 key, grad = f"{kind} {name}", parameter.grad.double()
@@ -51,6 +55,10 @@ def variances(vnet: varify.VariationalModule, x: Tensor, y: Tensor, repeats: int
                 squares[key] = squares.get(key, 0) + grad**2
     seconds = (time.perf_counter() - start) / repeats
     return {k: float(((squares[k] - sums[k] ** 2 / repeats) / (repeats - 1)).sum()) for k in sums}, seconds
+
+
+def _loss(vnet: varify.VariationalModule, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(vnet(x), y)
 
 
 def main() -> None:
@@ -66,7 +74,8 @@ def main() -> None:
             vnet = varify.variationalize(MODELS[model](), estimator=estimator)
             vnet.load_state_dict({**state, "_extra_state": vnet.get_extra_state()})
             torch.manual_seed(1)
-            found[estimator], seconds[estimator] = variances(vnet, x[:BATCH], y[:BATCH], options.repeats)
+            loss = functools.partial(_loss, vnet, x[:BATCH], y[:BATCH])
+            found[estimator], seconds[estimator] = variances(vnet, loss, options.repeats)
         print(f"\n{model}: variance of the gradient relative to drawn weights ({options.repeats} draws, batch {BATCH})")
         print(f"{'parameter':16}" + "".join(f"{e + ' mu':>14}{e + ' rho':>14}" for e in ESTIMATORS[1:]))
         weights = [k.removeprefix("mu ") for k in found["weights"] if k.startswith("mu ") and k.endswith("weight")]
