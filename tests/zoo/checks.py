@@ -141,10 +141,12 @@ def examine_with_estimators(record: Record, network: nn.Module, call: Call) -> N
             (expected, grads), (found, mine) = results
             assert_close(found, expected)
             assert_close(dict(still.module.named_buffers()), dict(plain.named_buffers()))
+            largest = max(float(grad.abs().max()) for grad in grads.values() if grad.numel())
             for name, grad in grads.items():
-                scale = float(grad.abs().max()) if grad.numel() else 0.0
                 assert name in mine or not grad.any(), f"{name} has no gradient"
-                assert not grad.any() or torch.allclose(mine[name], grad, 1e-3, 1e-4 * scale + 1e-6), f"{name}"
+                if grad.any():  # rules add zeros, but in another order
+                    close = 1e-4 * float(grad.abs().max()) + 1e-5 * largest
+                    assert torch.allclose(mine[name], grad, 1e-3, close), f"gradient of {name}"
         del plain, still
     with record.noting("the graph is the run"):
         vnet.train()(*copy.deepcopy(call)[0], **copy.deepcopy(call)[1])
