@@ -109,7 +109,8 @@ def _for(operation: Any, function: Callable[..., Tensor], estimator: str) -> Cal
 
 def has_rule(operation: Any) -> bool:
     """Whether any estimator has a rule for the operation."""
-    return any(known == canonical(operation) for _, known in _RULES)
+    wanted = canonical(operation)
+    return any(known == wanted for _, known in _RULES)
 
 
 def find(estimator: str, operation: Any) -> Rule | None:
