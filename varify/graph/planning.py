@@ -1,5 +1,6 @@
 """What each parameter meets in a graph, and which estimator serves it there."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,14 @@ class Decision:
     keeps: bool = False
     automatic: bool = False
     unseen: bool = False
+
+    @functools.cached_property
+    def foreseen(self) -> dict[Path, list[tuple[Any, Examples]]]:
+        """By the way from the parameter, the operations that meet it and their examples."""
+        found: dict[Path, list[tuple[Any, Examples]]] = {}
+        for use, examples in self.uses:
+            found.setdefault(use.path, []).append((use.operation, examples))
+        return found
 
 
 def decide(

@@ -11,7 +11,7 @@ from varify.graph.examples import find_examples
 from varify.graph.planning import Decision, Use, decide, uses_of
 from varify.graph.recording import Recording
 from varify.graph.rewriting import put
-from varify.graph.standins import Cell, Unforeseen, random_state, set_random_state
+from varify.graph.standins import Cell, Unforeseen, in_checkpoint, random_state, set_random_state
 from varify.posteriors import GaussianPosterior, draw
 from varify.view import Views
 
@@ -109,6 +109,7 @@ class Plan:
         self.decided = found.decided
         self._written = found.written
         self.unseen_no_more: set[str] = set()
+        self._kept: _Kept | None = None
         if before is not None:
             self._take(before)
 
@@ -133,7 +134,9 @@ class Plan:
 
     def snapshot(self, network: nn.Module) -> "_Snapshot":
         """See `_Snapshot`."""
-        return _Snapshot(network, self._written)
+        if self._kept is None:
+            self._kept = _Kept(network, self._written)
+        return _Snapshot(self._kept)
 
     def correct(self, name: str, why: str) -> None:
         """From now on the parameter is drawn."""
@@ -162,8 +165,7 @@ def may_run_again() -> bool:
 
     Of a reentrant one nothing is seen but that gradients are off.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return not torch.is_grad_enabled() or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+    return not torch.is_grad_enabled() or in_checkpoint()
 
 
 def run_planned(
@@ -217,18 +219,36 @@ def run_planned(
 _FEW = 2**12
 
 
+class _Kept:
+    """Where a network keeps what a call may change, looked up once: tables of buffers, lists and dicts of modules."""
+
+    def __init__(self, network: nn.Module, written: set[str]) -> None:
+        own = [vars(module) for module in network.modules()]
+        self.tables = [module["_buffers"] for module in own if module["_buffers"]]
+        self.buffers = [
+            (table, key)
+            for path, module in network.named_modules()
+            for table in [module._buffers]
+            for key, b in table.items()
+            if b is not None and (b.numel() <= _FEW or f"{path}.{key}".removeprefix(".") in written)
+        ]
+        held = [(module, key, value) for module in own for key, value in module.items() if key[0] != "_"]
+        self.places = [(module, key) for module, key, value in held if type(value) in (list, dict)]
+        tensors = (*network.parameters(), *network.buffers())
+        self.devices = [torch.device("cpu"), *{t.device for t in tensors if t.is_cuda}]
+
+
 class _Snapshot:
     """What a call that is repeated must find as it was: buffers, lists and dicts of modules, and the random numbers."""
 
-    def __init__(self, network: nn.Module, written: set[str]) -> None:
-        modules = list(network.modules())
-        self._tables = [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]
-        buffers = {name: b for name, b in network.named_buffers() if name in written or b.numel() <= _FEW}
+    def __init__(self, kept: _Kept) -> None:
+        self._tables = [(table, dict(table)) for table in kept.tables]
+        buffers = {id(b): b for table, key in kept.buffers if (b := table.get(key)) is not None}
         self._values = [(buffer, buffer.clone()) for buffer in buffers.values()]
-        self._lists = [(v, list(v)) for m in modules for v in vars(m).values() if type(v) is list]
-        self._dicts = [(v, dict(v)) for m in modules for k, v in vars(m).items() if type(v) is dict and k[0] != "_"]
-        devices = {t.device for t in (*network.parameters(), *network.buffers()) if t.is_cuda}
-        self._states = [(device, random_state(device)) for device in (torch.device("cpu"), *devices)]
+        held = [value for module, key in kept.places if type(value := module.get(key)) in (list, dict)]
+        self._lists = [(value, list(value)) for value in held if type(value) is list]
+        self._dicts = [(value, dict(value)) for value in held if type(value) is dict]
+        self._states = [(device, random_state(device)) for device in kept.devices]
 
     @torch.no_grad()
     def restore(self) -> None:

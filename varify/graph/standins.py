@@ -57,9 +57,7 @@ class Cell:
         # as of a draw: where gradients are off, that of the parameter, which a forward may ask for
         self.requires_grad = q.mu.requires_grad or (q.rho.requires_grad and torch.is_grad_enabled())
         self._unseen, self.late = decision.unseen, ""
-        self._foreseen: dict[Path, list[tuple[Any, Examples]]] = {}
-        for use, examples in decision.uses:
-            self._foreseen.setdefault(use.path, []).append((use.operation, examples))
+        self._foreseen = decision.foreseen
         self._met: dict[Path, int] = {}
         self._states: dict[Path, tuple[Tensor, Tensor]] = {}
         self._draw: Tensor | None = None
@@ -284,7 +282,7 @@ def _noise(states: dict[Path, tuple[Tensor, Tensor]], path: Path, again: bool, d
     A checkpoint that restored the generator goes on with the numbers that followed then, also where the use itself has
     kept its noise and draws none.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if not again and not in_checkpoint():  # it will not run again
         yield
         return
     now = random_state(device)
@@ -300,6 +298,14 @@ def _noise(states: dict[Path, tuple[Tensor, Tensor]], path: Path, again: bool, d
             yield
         finally:
             set_random_state(device, after if torch.equal(now, before) else now)
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint that saves no tensors is around: backward runs what is within again."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def kept_by_no_checkpoint() -> Any:
