@@ -1101,3 +1101,27 @@ def test_a_conversion_leaves_nothing_in_the_cache_of_source_lines() -> None:
         convert_and_call()
     gc.collect()
     assert len(linecache.cache) == before
+
+
+def test_a_parameter_renamed_and_an_attribute_moved_are_followed() -> None:
+    class Moving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.shift = nn.Linear(3, 2), nn.Parameter(torch.zeros(2), requires_grad=False)
+            self.first = self.kept = "kept"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if hasattr(self, "first"):
+                value = self.first
+                del self.first
+                self.second = value
+            shift = self.shift if "shift" in self._parameters else self.other
+            return self.fc(x) + shift
+
+    vnet = varify.variationalize(Moving(), where="fc.*")
+    vnet(torch.ones(1, 3))
+    assert vnet.module.second == "kept"
+    assert not hasattr(vnet.module, "first")
+    vnet.module.other = vnet.module.shift
+    del vnet.module.shift
+    assert vnet(torch.ones(1, 3)).shape == (1, 2)

@@ -210,8 +210,10 @@ def _no_bias(arguments: dict[str, Any]) -> str | None:
 
 @rule("local", "addmm", of=("mat2",), along=("input",), refuses=_no_bias, uses=_rows)
 def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
-    """`input + mat1 @ mat2` is a linear layer whose weight is mat2ᵀ."""
-    return local_affine(F.linear, mat1, mat2.viewed(torch.t, transposes=True), input)
+    """`input + mat1 @ mat2`, the variance of a bias added; one noise per output element."""
+    mean: Tensor = op(_mean_of(input), mat1, mat2.mu)
+    var = mat1.square() @ mat2.var()
+    return _with_noise(mean, var + input.var() if isinstance(input, Moments) else var)
 
 
 @rule("local", F.bilinear, along=("bias",), uses=_rows)
@@ -277,14 +279,20 @@ def _not_a_matrix_on_the_right(arguments: dict[str, Any]) -> str | None:
 
 @rule("flipout", "matmul", "mm", of=("other",), refuses=_not_a_matrix_on_the_right)
 def flipout_matmul(op: Any, input: Any, other: Moments) -> Tensor:
-    """`x @ w` is a linear layer whose weight is wᵀ."""
-    return flipout_affine(F.linear, input, other.viewed(torch.t, transposes=True))
+    """`x @ w + s·((r·x) @ delta)`."""
+    mean: Tensor = op(input, other.mu)
+    perturbed: Tensor = op(input * other.flip(input, 0, -1), other.perturbation())
+    return mean + perturbed * other.flip(perturbed, 1, -1)
 
 
 @rule("flipout", "addmm", of=("mat2",), along=("input",), refuses=_no_bias)
 def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
-    """`input + mat1 @ mat2` is a linear layer whose weight is mat2ᵀ."""
-    return flipout_affine(F.linear, mat1, mat2.viewed(torch.t, transposes=True), input)
+    """`input + mat1 @ mat2`, as `x @ w`; a bias is perturbed with the signs of the outputs."""
+    mean: Tensor = op(_mean_of(input), mat1, mat2.mu)
+    perturbed: Tensor = (mat1 * mat2.flip(mat1, 0, -1)) @ mat2.perturbation()
+    if isinstance(input, Moments):
+        perturbed = perturbed + input.perturbation()
+    return mean + perturbed * mat2.flip(perturbed, 1, -1)
 
 
 @rule("flipout", F.bilinear, along=("bias",))

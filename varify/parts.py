@@ -38,6 +38,7 @@ class Part:
         self.live, self.shell = live, shell
         self._whole = whole
         self._own, self._seen = vars(live), vars(shell)
+        self._names = list(live._parameters)
         self._slots = [(key, names.get(id(p), "")) for key, p in live._parameters.items()]
         self._ids = [id(p) for p in live._parameters.values()]
         self._children = list(live._modules.items())
@@ -73,7 +74,7 @@ class Part:
         own, live = self._own, self.live
         if not _same(own, self._met):
             self._follow()
-        if len(live._parameters) != len(self._slots) or list(live._modules.items()) != self._children:
+        if list(live._parameters) != self._names or list(live._modules.items()) != self._children:
             raise Stale
         if self.varying and self._ids != [id(p) for p in live._parameters.values()]:
             raise Stale
@@ -156,7 +157,7 @@ class Part:
 
 
 def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return len(now) == len(then) and all(map(is_, now.values(), then.values()))
+    return now.keys() == then.keys() and all(map(is_, now.values(), then.values()))
 
 
 def leads_of(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:

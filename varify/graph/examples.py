@@ -30,7 +30,7 @@ def find_examples(
     """The examples of each of `nodes`, operations of a record; None where rows depend on several.
 
     The record runs twice with the same random numbers, the second time with one example changed. Batch normalization
-    runs with its running statistics meanwhile, else each row would depend on all.
+    takes the statistics of the first run in both, and dropout drops nothing: rows depend on their example alone then.
 
     Args:
         graph: of `Recording`.
@@ -47,7 +47,8 @@ def find_examples(
     which = 1  # not 0, whose rows come first however the others follow
     try:
         changed = _with_one_changed(inputs, batch_dim, count, which)
-        before, after = (_Rows(graph, attributes, set(nodes)).rows(given) for given in (inputs, changed))
+        statistics: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        before, after = (_Rows(graph, attributes, set(nodes), statistics).rows(x) for x in (inputs, changed))
     except Exception:  # of a type that can't be changed, or with an operation that can't run twice: the call itself ran
         return dict.fromkeys(nodes)
     return {node: _of_rows(before.get(node), after.get(node), count, which) for node in nodes}
@@ -80,8 +81,15 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
 class _Rows(fx.Interpreter):
     """Runs a record on copies of what it holds, and keeps the outputs of some operations."""
 
-    def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any], nodes: set[fx.Node]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        attributes: Mapping[str, Any],
+        nodes: set[fx.Node],
+        statistics: dict[fx.Node, tuple[Tensor, Tensor]],
+    ) -> None:
         super().__init__(nn.Module(), graph=graph)
+        self._statistics, self._node = statistics, next(iter(graph.nodes))
         self._attributes = {name: _copied(value) for name, value in attributes.items()}
         self._nodes = nodes
         self._kept: dict[fx.Node, Tensor] = {}
@@ -101,12 +109,30 @@ class _Rows(fx.Interpreter):
         if getattr(target, "__name__", "") in _DROPOUTS:  # which would hide rows
             return args[0] if args else kwargs["input"]
         if target in _BATCH_NORMS:
-            args, kwargs = _in_eval(target, args, kwargs)
+            return self._normalized(target, args, kwargs)
         if getattr(target, "__name__", "") == "set_ambience":
             args = (False, *args[1:])
         return super().call_function(target, args, kwargs)
 
+    def _normalized(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        """Batch normalization by the statistics of the first run, else each row would depend on all."""
+        names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
+        if target is torch.batch_norm:
+            names = ["input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        x = given["input"]
+        if not given.get("training", False):
+            return nn.functional.batch_norm(**{name: value for name, value in given.items() if name in names})
+        if self._node not in self._statistics:
+            rows = x.detach().float().movedim(1, 0).flatten(1)
+            self._statistics[self._node] = rows.mean(1).to(x.dtype), rows.var(1, correction=0).to(x.dtype)
+        return nn.functional.batch_norm(
+            x, *self._statistics[self._node], given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5)
+        )
+
     def run_node(self, n: fx.Node) -> Any:
+        """Run it, and keep its output if it is asked for."""
+        self._node = n
         result = super().run_node(n)
         if n in self._nodes and isinstance(result, Tensor):
             self._kept[n] = result.detach().clone()
@@ -117,17 +143,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.clone_state()
     return value.detach().clone() if isinstance(value, Tensor) else value  # which the record may write into
-
-
-def _in_eval(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
-    if target is torch.batch_norm:
-        names = ["input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if given.get("running_mean") is not None:
-        given["training"] = False
-    rest = args[len(names) :]
-    return (*[given.pop(name) for name in names if name in given], *rest), given
 
 
 def _of_rows(before: Tensor | None, after: Tensor | None, count: int, which: int) -> Examples | None:
