@@ -546,7 +546,7 @@ class VariationalModule(nn.Module):
                 ) from None
             raise
         first = places(self.module)
-        before = {place: self.module.get_parameter(place) for place in first}
+        before = dict(self.module.named_parameters(remove_duplicate=False))
         found = super().load_state_dict(state_dict, strict, assign)
         if assign:
             self._tie_again(first, before)
@@ -554,12 +554,12 @@ class VariationalModule(nn.Module):
 
     def _tie_again(self, first: Mapping[str, str], before: Mapping[str, nn.Parameter]) -> None:
         """Undo that `assign` gives each place of a tied parameter a tensor of its own."""
-        now = {place: self.module.get_parameter(place) for place in first}
-        new = {first[place]: p for place, p in reversed(now.items()) if p is not before[place]}
+        now = dict(self.module.named_parameters(remove_duplicate=False))
+        new = {first[place]: now[place] for place in reversed(first) if now[place] is not before[place]}
         for place, name in first.items():
             if name in new and now[place] is not new[name]:
                 path, _, attr = place.rpartition(".")
-                setattr(self.module.get_submodule(path), attr, new[name])
+                setattr(dict(self.module.named_modules(remove_duplicate=False))[path], attr, new[name])
 
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
         """Those of the network, which is what `swa_utils.AveragedModel` pairs off to average.
