@@ -555,7 +555,7 @@ class VariationalModule(nn.Module):
     def _tie_again(self, first: Mapping[str, str], before: Mapping[str, nn.Parameter]) -> None:
         """Undo that `assign` gives each place of a tied parameter a tensor of its own."""
         now = dict(self.module.named_parameters(remove_duplicate=False))
-        new = {first[place]: now[place] for place in reversed(first) if now[place] is not before[place]}
+        new = {first[place]: now[place] for place in reversed(list(first)) if now[place] is not before[place]}
         for place, name in first.items():
             if name in new and now[place] is not new[name]:
                 path, _, attr = place.rpartition(".")
