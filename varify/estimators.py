@@ -175,8 +175,12 @@ def _looked_up(arguments: dict[str, Any]) -> int:
     return math.prod(arguments["input"].shape)
 
 
-def _broadcast(arguments: dict[str, Any]) -> int:
-    sizes = [math.prod(getattr(arguments[name], "shape", ())) for name in ("input", "other")]
+def _broadcast(arguments: dict[str, Any]) -> int | None:
+    """Where one argument has the result's shape; None where both are broadcast, as for an outer product."""
+    shapes: list[tuple[int, ...]] = [tuple(getattr(arguments[name], "shape", ())) for name in ("input", "other")]
+    sizes: list[int] = [math.prod(shape) for shape in shapes]
+    if math.prod(torch.broadcast_shapes(*shapes)) != max(sizes):
+        return None
     return max(sizes) // max(1, min(sizes))
 
 
@@ -212,8 +216,10 @@ def _no_bias(arguments: dict[str, Any]) -> str | None:
 def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
     """`input + mat1 @ mat2`, the variance of a bias added; one noise per output element."""
     mean: Tensor = op(_mean_of(input), mat1, mat2.mu)
-    var = mat1.square() @ mat2.var()
-    return _with_noise(mean, var + input.var() if isinstance(input, Moments) else var)
+    scale = _scale(mat1, mat2.sigma)
+    var = mat1.square() @ mat2.var(scale)
+    var = var + input.var(scale) if isinstance(input, Moments) else var
+    return _with_noise(mean, var.float() * scale**2 if isinstance(scale, Tensor) else var)
 
 
 @rule("local", F.bilinear, along=("bias",), uses=_rows)
@@ -289,9 +295,8 @@ def flipout_matmul(op: Any, input: Any, other: Moments) -> Tensor:
 def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
     """`input + mat1 @ mat2`, as `x @ w`; a bias is perturbed with the signs of the outputs."""
     mean: Tensor = op(_mean_of(input), mat1, mat2.mu)
-    perturbed: Tensor = (mat1 * mat2.flip(mat1, 0, -1)) @ mat2.perturbation()
-    if isinstance(input, Moments):
-        perturbed = perturbed + input.perturbation()
+    flipped, delta = mat1 * mat2.flip(mat1, 0, -1), mat2.perturbation()
+    perturbed: Tensor = op(input.perturbation(), flipped, delta) if isinstance(input, Moments) else flipped @ delta
     return mean + perturbed * mat2.flip(perturbed, 1, -1)
 
 
