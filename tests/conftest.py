@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from varify.experiments import operators
+from tests import operators
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each; so for the processes that they start
     os.environ["OMP_NUM_THREADS"] = "1"

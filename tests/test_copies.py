@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import varify
-from varify.copies import copy_network
-from varify.reachable import children, reachable, replaced
+from varify.network.copies import copy_network
+from varify.network.reachable import children, reachable, replaced
 
 GLOBAL = nn.Linear(3, 3)  # which functions here know by this name
 Given = Callable[[Tensor], Tensor]

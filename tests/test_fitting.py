@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import varify
 from tests.networks import CASES, Recurrent, TiedLanguageModel, seeded
-from varify.posteriors import PRUNED
+from varify.weights.posterior import PRUNED
 
 
 def classifier() -> nn.Module:

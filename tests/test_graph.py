@@ -13,7 +13,7 @@ from tests.networks import CASES, seeded
 from varify.graph import rewrite
 from varify.graph.examples import find_examples
 from varify.graph.recording import Recording, placeholders
-from varify.moments import Examples
+from varify.weights.moments import Examples
 
 # --- recording
 

@@ -458,7 +458,7 @@ def test_parts_that_are_torchscript_or_have_sparse_gradients_stay_deterministic(
 
 
 def test_rho_of_tiny_and_large_sigmas() -> None:
-    from varify.posteriors import softplus_inverse
+    from varify.weights.posterior import softplus_inverse
 
     for sigma in (1e-30, 1e-10, 1e-3, 1.0, 30.0, 200.0):
         rho = softplus_inverse(torch.tensor(sigma))

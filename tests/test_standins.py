@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import varify
 from varify import inits
-from varify.estimators import has_rule
+from varify.estimators.rules import has_rule
 
 ESTIMATORS = ("local", "flipout", "auto")
 

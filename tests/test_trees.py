@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import varify
-from varify.trees import Tree
+from varify.network.tree import Tree
 
 NAMES = ["put_leaf", "leaf_at", "_apply", "train", "parameters", "type", "half", "state_dict", "extra_repr"]
 

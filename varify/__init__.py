@@ -1,18 +1,20 @@
 """varify: any torch network, made variational in one line."""
 
-from varify import estimators, inits, priors, schedules
-from varify.description import DescriptionLength, description_length
-from varify.divergence import register_kl
+from varify import estimators, inits, priors
+from varify.analysis.description_length import DescriptionLength, description_length
+from varify.analysis.fit_prior import fit_prior
+from varify.analysis.fit_sigma import fit_sigma
+from varify.analysis.pruning import prune, pruning_curve
 from varify.errors import EstimatorError, InitError, ModelError, PriorError, SelectionError, StructureError, VarifyError
-from varify.fitting import fit_prior, fit_sigma
-from varify.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
 from varify.module import VariationalModule, prior_loss
-from varify.objective import ELBO, Terms, parameter_groups
-from varify.posteriors import GaussianPosterior
-from varify.prediction import Prediction
-from varify.pruning import prune, pruning_curve
-from varify.saving import load, save
+from varify.objective import schedules
+from varify.objective.elbo import ELBO, Terms, parameter_groups
+from varify.objective.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
+from varify.prediction.prediction import Prediction
+from varify.serialization import load, save
 from varify.variationalize import variationalize
+from varify.weights.kl import register_kl
+from varify.weights.posterior import GaussianPosterior
 
 __version__ = "0.1.0"
 __all__ = [

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varify import estimators
 from varify.errors import EstimatorError, PriorError, StructureError, listed
-from varify.priors import KINDS, Prior, is_room
+from varify.estimators.rules import check_estimator
+from varify.priors.registry import KINDS
+from varify.weights.prior import Prior, is_room
 
 
 class Restored(NamedTuple):
@@ -70,7 +71,7 @@ def _prior(name: str, told: Any, rho: Tensor | None) -> Prior | None:
 
 def _estimator(name: str, told: Any) -> str:
     try:
-        return estimators.check(told)
+        return check_estimator(told)
     except EstimatorError as error:
         raise EstimatorError(f"the checkpoint's estimator of {name}: {error}") from None
 

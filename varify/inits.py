@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from varify.errors import InitError, listed
-from varify.posteriors import softplus_inverse
+from varify.weights.posterior import softplus_inverse
 
 KINDS: dict[str, "type[Init]"] = {}
 
@@ -35,7 +35,7 @@ class Init:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(w, prior_std)")
 
 
-def make(init: Any) -> Init:
+def as_init(init: Any) -> Init:
     """An `Init` from None (the default), a name, or an `Init`."""
     if init is None:
         return Relative()

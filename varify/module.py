@@ -10,25 +10,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from varify import factorised, priors  # noqa: F401  # factorised registers itself
 from varify.checkpoints import restored
-from varify.copies import copy_network, weightless_copy
-from varify.draws import Draws, autocast_acts, many
 from varify.errors import EstimatorError, PriorError, StructureError, listed
 from varify.graph.examples import count_of
-from varify.graph.plans import Plan, Record, in_transform, may_run_again, record, run_planned
+from varify.graph.plans import Plan, Record, in_transform, record, run_planned
 from varify.graph.recording import placeholders
+from varify.graph.reruns import kept_by_no_checkpoint, may_run_again
 from varify.graph.rewriting import refuse
-from varify.graph.standins import kept_by_no_checkpoint
-from varify.posteriors import PRUNED, GaussianPosterior, Posteriors, draw
-from varify.prediction import gather
+from varify.network.copies import copy_network, weightless_copy
+from varify.network.parameters import Site, aliases, places, sites
+from varify.network.selection import matching
+from varify.network.sharding import gathered, is_sharded, refuse_sharded, whole
+from varify.network.signature import has_hooks, kind_of_call
+from varify.network.tree import Tree
+from varify.posteriors import Posteriors
+from varify.prediction.gather import gather
+from varify.prediction.sampling import Draws, autocast_acts, many
 from varify.priors import Prior
-from varify.selection import Site, aliases, matching, places, sites
-from varify.sharding import gathered, is_sharded, refuse_sharded, whole
-from varify.signature import has_hooks, kind_of_call
+from varify.priors.registry import as_prior
 from varify.slots import Slots
 from varify.summary import Row, Summary
-from varify.trees import Tree
+from varify.weights.draw import draw
+from varify.weights.posterior import PRUNED, GaussianPosterior
 
 
 class VariationalModule(nn.Module):
@@ -361,7 +364,7 @@ class VariationalModule(nn.Module):
             PriorError: unknown prior, or a hyper-parameter that is missing, unknown, of a wrong value or shape.
             SelectionError: `where` matches nothing.
         """
-        wanted = priors.make(prior, **hyperparameters)
+        wanted = as_prior(prior, **hyperparameters)
         live, first = self._slots().sites, aliases(self.module)
         chosen = matching([name for name in first if first[name] in live], where)
         bound = {first[name]: bind(wanted, live[first[name]]) for name in chosen}

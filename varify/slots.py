@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from varify.graph.plans import Plan
-from varify.posteriors import GaussianPosterior
-from varify.selection import Site
-from varify.sharding import whole
-from varify.trees import Tree
-from varify.view import Views
+from varify.network.parameters import Site
+from varify.network.sharding import whole
+from varify.network.tree import Tree
+from varify.network.view import Views
+from varify.weights.posterior import GaussianPosterior
 
 
 class Slots:

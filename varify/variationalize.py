@@ -5,12 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify import estimators, inits, priors
-from varify.copies import copy_network
+from varify.estimators.rules import check_estimator
+from varify.inits import Init, as_init
 from varify.module import VariationalModule, bind
-from varify.priors import Prior
-from varify.selection import Site, Where, by_glob, check_model, choose, padding_rows, sites
-from varify.trees import HALF
+from varify.network.checks import check_model
+from varify.network.copies import copy_network
+from varify.network.parameters import Site, sites
+from varify.network.selection import Where, by_glob, choose, padding_rows
+from varify.network.tree import HALF
+from varify.priors import Gaussian, Prior
+from varify.priors.registry import as_prior
 
 
 def variationalize(
@@ -55,9 +59,9 @@ def variationalize(
     """
     check_model(model)
     chosen, skipped = choose(model, where)
-    chosen_priors = by_glob(prior, priors.make("gaussian"), chosen, priors.make)
-    chosen_inits = by_glob(init, inits.make(None), chosen, inits.make)
-    chosen_estimators = by_glob(estimator, "weights", chosen, estimators.check)
+    chosen_priors = by_glob(prior, as_prior("gaussian"), chosen, as_prior)
+    chosen_inits = by_glob(init, as_init(None), chosen, as_init)
+    chosen_estimators = by_glob(estimator, "weights", chosen, check_estimator)
     bound = {name: bind(chosen_priors[name], site) for name, site in chosen.items()}
     network = copy_network(model)
     inside = sites(network)
@@ -80,12 +84,12 @@ def variationalize(
 
 
 @torch.no_grad()
-def _start(init: inits.Init, site: Site, prior: Prior) -> tuple[Tensor, Tensor]:
+def _start(init: Init, site: Site, prior: Prior) -> tuple[Tensor, Tensor]:
     w = site.parameter.detach()
     w = w.float() if w.dtype in HALF else w
     std = prior.weight_std()
     if std is None:
-        std = priors.Gaussian().for_parameter(w, site.fan_in).weight_std()
+        std = Gaussian().for_parameter(w, site.fan_in).weight_std()
     std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
     mu, rho = init(w, std.expand_as(w))
     rho = rho.contiguous()

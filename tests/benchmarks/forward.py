@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import varify
-from varify.experiments import operators
+from tests import operators
 from varify.experiments.models import LeNet
 
 ESTIMATORS = ("weights", "local", "flipout", "auto")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import varify
+from tests import operators
 from tests.benchmarks.gradient_variance import variances
 from tests.zoo.entries import floats, tokens
-from varify.experiments import operators
 
 BATCH = 8
 TEXT = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

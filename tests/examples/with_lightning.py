@@ -1,18 +1,14 @@
 """A variational network in Lightning: digits, the divergence in the loss once, and its terms in the log."""
 
+import lightning
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics.classification import MulticlassAccuracy
 
 import varify
-from varify.experiments import operators
-
-operators.declare()  # where torchvision is there, but not built for this torch
-
-import lightning  # noqa: E402
-from torchmetrics.classification import MulticlassAccuracy  # noqa: E402
 
 Batch = tuple[Tensor, Tensor]
 

@@ -6,13 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import varify
-from varify.experiments import operators
-
-operators.declare()  # where torchvision is there, but not built for this torch
-
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
 
 
 class VariationalTrainer(Trainer):

@@ -310,7 +310,7 @@ def _predicted(prediction: Any) -> list[varify.Prediction]:
 
 def copy_of(network: nn.Module) -> nn.Module:
     """A copy, also of what copy.deepcopy refuses."""
-    from varify.copies import copy_network
+    from varify.network.copies import copy_network
 
     return copy_network(network)
 

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.experiments import operators
-
 SIZE = 32
 
 
@@ -58,7 +56,6 @@ def digits(root: Path) -> Images:
 def _torchvision(name: str) -> Callable[[Path], Images]:
     def load(root: Path) -> Images:
         try:
-            operators.declare()
             from torchvision import datasets
         except (ImportError, RuntimeError) as error:
             raise DataError(f"{name} needs torchvision (pip install varify[vision]): {error}") from error

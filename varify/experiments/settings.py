@@ -62,7 +62,7 @@ class Settings:
             for pair in rest.split(",") if rest else []:
                 key, _, value = pair.partition("=")
                 hyperparameters[key.strip()] = int(value) if key.strip() == "n_mc_samples" else float(value)
-            return priors.make(name, **hyperparameters)
+            return priors.as_prior(name, **hyperparameters)
         except ValueError as error:
             kind = "" if isinstance(error, VarifyError) else " (it is written name:key=number,key=number)"
             raise SettingsError(f"prior {self.prior!r}: {error}{kind}") from None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from varify.graph.recording import is_dense
-from varify.moments import Examples
+from varify.weights.moments import Examples
 
 _DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"})
 _BATCH_NORMS = (nn.functional.batch_norm, torch.batch_norm)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from varify.estimators import Rule, canonical, find
-from varify.graph.views import CASTS, TRANSPOSES, Path, step
-from varify.moments import Examples
+from varify.estimators.rules import Rule, canonical, find_rule
+from varify.graph.tensor_views import CASTS, TRANSPOSES, Path, step
+from varify.weights.moments import Examples
 
 GRADIENTS_ARE_OFF = "it is used where gradients are off: no_grad, an autograd.Function, a reentrant checkpoint"
 
@@ -135,7 +135,7 @@ def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Exam
 
 
 def _refusal(use: Use, estimator: str) -> str:
-    rule = find(estimator, use.operation)
+    rule = find_rule(estimator, use.operation)
     if rule is None:
         return f"{estimator} has no rule for {_name(use.operation)}"
     given = [one for one in (*use.node.args, *use.node.kwargs.values()) if isinstance(one, fx.Node)]
@@ -172,7 +172,7 @@ def _shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _once(uses: list[Use], examples: Mapping[fx.Node, Examples | None]) -> bool:
     """Whether each example uses every element once at most, so that noises of the outputs are independent anyhow."""
     for use in uses:
-        rule, known = find("local", use.operation), examples[use.node]
+        rule, known = find_rule("local", use.operation), examples[use.node]
         arguments = arguments_of(rule, use) if rule else None
         if rule is None or arguments is None or not is_once(rule, _shapes(arguments), known):
             return False
@@ -223,7 +223,7 @@ def _with_those_along(
     meets: dict[fx.Node, tuple[Decision, Rule, Use]] = {}
     for decision in decisions.values():
         for use, _ in decision.uses:
-            rule = find(decision.estimator, use.operation)
+            rule = find_rule(decision.estimator, use.operation)
             if rule is not None:
                 meets.setdefault(use.node, (decision, rule, use))
     for name, decision in decisions.items():

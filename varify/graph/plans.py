@@ -11,9 +11,11 @@ from varify.graph.examples import find_examples
 from varify.graph.planning import Decision, Use, decide, uses_of
 from varify.graph.recording import Recording
 from varify.graph.rewriting import put
-from varify.graph.standins import Cell, Unforeseen, in_checkpoint, random_state, set_random_state
-from varify.posteriors import GaussianPosterior, draw
-from varify.view import Views
+from varify.graph.snapshots import Snapshot, Snapshots
+from varify.graph.standins import Cell, Unforeseen
+from varify.network.view import Views
+from varify.weights.draw import draw
+from varify.weights.posterior import GaussianPosterior
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Plan:
         self.decided = found.decided
         self._written = found.written
         self.unseen_no_more: set[str] = set()
-        self._kept: _Kept | None = None
+        self._snapshots: Snapshots | None = None
         if before is not None:
             self._take(before)
 
@@ -132,11 +134,11 @@ class Plan:
         theta.update({cell.name: cell.stand_in() for cell in cells})
         return theta, cells
 
-    def snapshot(self, network: nn.Module) -> "_Snapshot":
-        """See `_Snapshot`."""
-        if self._kept is None:
-            self._kept = _Kept(network, self._written)
-        return _Snapshot(self._kept)
+    def snapshot(self, network: nn.Module) -> Snapshot:
+        """See `Snapshot`."""
+        if self._snapshots is None:
+            self._snapshots = Snapshots(network, self._written)
+        return self._snapshots.take()
 
     def correct(self, name: str, why: str) -> None:
         """From now on the parameter is drawn."""
@@ -158,14 +160,6 @@ def _moved(decisions: Mapping[str, Decision], copies: Mapping[fx.Node, fx.Node])
 def in_transform() -> bool:
     """Whether a transform of torch.func runs, such as vmap or grad."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def may_run_again() -> bool:
-    """Whether a checkpoint may be around a call: backward runs it again then, and must find what forward did.
-
-    Of a reentrant one nothing is seen but that gradients are off.
-    """
-    return not torch.is_grad_enabled() or in_checkpoint()
 
 
 def run_planned(
@@ -213,51 +207,3 @@ def run_planned(
                     plan.correct(cell.name, cell.late)
         if plan.unseen_no_more:
             return recorded()
-
-
-# Buffers of so many elements at most, such as counters and running means, are kept though no call has written them yet.
-_FEW = 2**12
-
-
-class _Kept:
-    """Where a network keeps what a call may change, looked up once: tables of buffers, lists and dicts of modules."""
-
-    def __init__(self, network: nn.Module, written: set[str]) -> None:
-        own = [vars(module) for module in network.modules()]
-        self.tables = [module["_buffers"] for module in own if module["_buffers"]]
-        self.buffers = [
-            (table, key)
-            for path, module in network.named_modules()
-            for table in [module._buffers]
-            for key, b in table.items()
-            if b is not None and (b.numel() <= _FEW or f"{path}.{key}".removeprefix(".") in written)
-        ]
-        held = [(module, key, value) for module in own for key, value in module.items() if key[0] != "_"]
-        self.places = [(module, key) for module, key, value in held if type(value) in (list, dict)]
-        tensors = (*network.parameters(), *network.buffers())
-        self.devices = [torch.device("cpu"), *{t.device for t in tensors if t.is_cuda}]
-
-
-class _Snapshot:
-    """What a call that is repeated must find as it was: buffers, lists and dicts of modules, and the random numbers."""
-
-    def __init__(self, kept: _Kept) -> None:
-        self._tables = [(table, dict(table)) for table in kept.tables]
-        buffers = {id(b): b for table, key in kept.buffers if (b := table.get(key)) is not None}
-        self._values = [(buffer, buffer.clone()) for buffer in buffers.values()]
-        held = [value for module, key in kept.places if type(value := module.get(key)) in (list, dict)]
-        self._lists = [(value, list(value)) for value in held if type(value) is list]
-        self._dicts = [(value, dict(value)) for value in held if type(value) is dict]
-        self._states = [(device, random_state(device)) for device in kept.devices]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for table, was in (*self._tables, *self._dicts):
-            table.clear()
-            table.update(was)
-        for items, had in self._lists:
-            items[:] = had
-        for buffer, value in self._values:
-            buffer.copy_(value)
-        for device, state in self._states:
-            set_random_state(device, state)

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from varify.estimators import has_rule
-from varify.graph.views import step
+from varify.estimators.rules import has_rule
+from varify.graph.tensor_views import step
 
 # What a network asks a value for to decide something: the record holds for calls that decide alike.
 _DECIDING = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy"})

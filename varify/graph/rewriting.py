@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from varify.errors import EstimatorError
-from varify.estimators import Rule, check, find
+from varify.estimators.rules import Rule, check_estimator, find_rule
 from varify.graph.examples import find_examples
 from varify.graph.planning import Decision, decide, uses_of
-from varify.graph.views import view_moments
-from varify.moments import Examples
-from varify.posteriors import GaussianPosterior
+from varify.graph.tensor_views import view_moments
+from varify.weights.moments import Examples
+from varify.weights.posterior import GaussianPosterior
 
 
 def rewrite(
@@ -45,7 +45,10 @@ def rewrite(
         EstimatorError: an unknown estimator, or one without inputs; a module with posteriors that torch.fx can't
             trace; see `strict`.
     """
-    chosen = {n: check(estimators if isinstance(estimators, str) else estimators.get(n, "weights")) for n in posteriors}
+    chosen = {
+        n: check_estimator(estimators if isinstance(estimators, str) else estimators.get(n, "weights"))
+        for n in posteriors
+    }
     if not inputs and set(chosen.values()) != {"weights"}:
         raise EstimatorError("an estimator needs inputs=(...), tensors to find out with which rows are one example's")
     new = fx.GraphModule(graph_module, _inlined(graph_module, set(posteriors)))
@@ -114,7 +117,7 @@ def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
     viewed: dict[fx.Node, fx.Node] = {}
     for decision in decisions.values():
         for use, examples in decision.uses:
-            rule = find(decision.estimator, use.operation)
+            rule = find_rule(decision.estimator, use.operation)
             if rule is not None:
                 met[use.node] = rule, examples
             _view_moments(graph, use.source, len(use.path), viewed)

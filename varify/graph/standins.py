@@ -6,21 +6,21 @@ for the weight's numbers the weight is drawn, once a call.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from varify.estimators import Rule, canonical, find, has_rule
+from varify.estimators.rules import Rule, canonical, find_rule, has_rule
 from varify.graph.planning import GRADIENTS_ARE_OFF, Decision, is_once
 from varify.graph.recording import inside, transforms
-from varify.graph.views import PROPERTIES, Path, step, view_moments, view_tensor
-from varify.moments import Examples, Moments
-from varify.posteriors import GaussianPosterior
-from varify.view import Discarded
+from varify.graph.reruns import kept_by_no_checkpoint, noise_of_use, random_state
+from varify.graph.tensor_views import PROPERTIES, Path, step, view_moments, view_tensor
+from varify.network.view import Discarded
+from varify.weights.moments import Examples, Moments
+from varify.weights.posterior import GaussianPosterior
 
 # What a tensor answers without its numbers.
 _ANSWERED = frozenset(
@@ -97,13 +97,13 @@ class Cell:
 
     def noise_of(self, path: Path) -> Any:
         """Within, random numbers are those of this use, also when it runs again."""
-        return _noise(self._states, path, self.over, self.moments.mu.device)
+        return noise_of_use(self._states, path, self.over, self.moments.mu.device)
 
     def _chosen(self, rule: Rule, operation: Any, arguments: dict[str, Any], examples: Examples) -> Rule:
         """Of "auto", local where each example uses an element once at most, which depends on the shapes."""
         if not self._automatic or self._keeps:
             return rule
-        local, flipout = find("local", operation), find("flipout", operation)
+        local, flipout = find_rule("local", operation), find_rule("flipout", operation)
         once = local is not None and is_once(local, arguments, examples)
         return local if once and local else flipout or rule
 
@@ -229,7 +229,7 @@ def _served(func: Any, args: Any, kwargs: Any) -> Any:
     """The output of the rule for an operation that the plan foresaw, or None."""
     operation = canonical(func)
     for one in [a for a in (*args, *kwargs.values()) if isinstance(a, _StandIn)]:
-        rule = find(one.cell.estimator, operation)
+        rule = find_rule(one.cell.estimator, operation)
         if rule is None:
             continue
         try:
@@ -257,63 +257,3 @@ def _served(func: Any, args: Any, kwargs: Any) -> Any:
         with one.cell.noise_of(one.path):
             return chosen.function(examples, *ready[0], **ready[1])
     return None
-
-
-# --- random numbers
-
-
-def random_state(device: torch.device) -> Tensor:
-    """Of the default generator of a device."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Put the default generator of a device into a state."""
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-@contextmanager
-def _noise(states: dict[Path, tuple[Tensor, Tensor]], path: Path, again: bool, device: torch.device) -> Iterator[None]:
-    """Within, the random numbers of a use; `again`: those of its first time, whatever the generator's state is.
-
-    A checkpoint that restored the generator goes on with the numbers that followed then, also where the use itself has
-    kept its noise and draws none.
-    """
-    if not again and not in_checkpoint():  # it will not run again
-        yield
-        return
-    now = random_state(device)
-    if not again:
-        yield
-        states.setdefault(path, (now, random_state(device)))
-    elif path not in states:
-        yield
-    else:
-        before, after = states[path]
-        set_random_state(device, before)
-        try:
-            yield
-        finally:
-            set_random_state(device, after if torch.equal(now, before) else now)
-
-
-def in_checkpoint() -> bool:
-    """Whether a checkpoint that saves no tensors is around: backward runs what is within again."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def kept_by_no_checkpoint() -> Any:
-    """Within, tensors are saved for backward as ever: a checkpoint would not find them when it runs again."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributions
 
-from varify.divergence import estimated_kl, register_kl
 from varify.errors import PriorError, listed
-from varify.posteriors import GaussianPosterior
-from varify.priors import Prior, broadcasts, checked_shape, register, room
+from varify.priors.registry import register
+from varify.weights.kl import estimated_kl, register_kl
+from varify.weights.posterior import GaussianPosterior
+from varify.weights.prior import Prior, broadcasts, checked_shape, room
 
 
 @register("distribution")

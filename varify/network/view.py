@@ -18,9 +18,9 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from varify.errors import at_users_line
-from varify.parts import Part, Stale, Theta, can_be_copied, leads_of, shell_of, that_reach
-from varify.replacing import Replacing, beneath, contents_of, fill
-from varify.selection import Site
+from varify.network.parameters import Site
+from varify.network.parts import Part, Stale, Theta, can_be_copied, leads_of, shell_of, that_reach
+from varify.network.replacing import Replacing, beneath, contents_of, fill
 
 
 class Discarded(BaseException):

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from varify.errors import ModelError, SelectionError, listed
+from varify.errors import SelectionError, listed
+from varify.network.parameters import Site, sites
 
 Where = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
 T = TypeVar("T")
@@ -18,65 +18,6 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
 _NORM_WORD = re.compile(
     r"(?:Norm|(?<![a-z])norm|(?i:(?:batch|layer|group|instance|rms)norm))(?:ali[sz](?:ation|er)|s)?(?![a-z])"
 )
-
-
-class Site(NamedTuple):
-    """Where a parameter lives: `owner._parameters[attr]`, called `name` from the network's root."""
-
-    name: str
-    owner: nn.Module
-    attr: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as it is now."""
-        parameter = self.owner._parameters[self.attr]
-        assert parameter is not None
-        return parameter
-
-    @property
-    def fan_in(self) -> int:
-        """Product of all dimensions but the first; for a parameter of fewer than two, that of its layer's weight."""
-        weight: nn.Parameter | None = self.parameter
-        if weight is not None and weight.dim() < 2:
-            weight = _matrix_beside(self)
-        return 1 if weight is None else weight[0].numel() if len(weight) else 1
-
-
-def _matrix_beside(site: Site) -> nn.Parameter | None:
-    """The tensor of two or more dimensions that `site` belongs to: `weight_ih_l0` for `bias_ih_l0`, else the first."""
-    own = site.owner._parameters
-    parametrized = getattr(site.owner, "parametrizations", None)
-    inner = list(parametrized.parameters()) if isinstance(parametrized, nn.ModuleDict) else []
-    beside = [own.get(site.attr.replace("bias", "weight")), *own.values(), *inner]
-    return next((p for p in beside if p is not None and p.dim() >= 2), None)
-
-
-def sites(network: nn.Module) -> dict[str, Site]:
-    """Every distinct parameter under its first name."""
-    found: dict[int, Site] = {}
-    for path, module in network.named_modules():
-        for attr, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), Site(f"{path}.{attr}" if path else attr, module, attr))
-    return {site.name: site for site in found.values()}
-
-
-def aliases(network: nn.Module) -> dict[str, str]:
-    """First name of the parameter by each name it has, its first one too."""
-    first = {id(site.parameter): name for name, site in sites(network).items()}
-    return {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
-
-
-def places(network: nn.Module) -> dict[str, str]:
-    """First name of the parameter at each place that holds one: a shared module is one place, a tied weight two."""
-    first = {id(site.parameter): name for name, site in sites(network).items()}
-    return {
-        f"{path}.{attr}" if path else attr: first[id(parameter)]
-        for path, module in network.named_modules()
-        for attr, parameter in module._parameters.items()
-        if parameter is not None
-    }
 
 
 def matches(name: str, pattern: str | Sequence[str]) -> bool:
@@ -230,29 +171,3 @@ def _nothing_chosen(where: Where, skipped: dict[str, str]) -> str:
         return f"no parameter can be made variational by default; say where=... to choose from {told}"
     hint = _meant(where, skipped) if isinstance(where, str) else ""
     return f"where={where!r} matches no parameter that can be variational; this model has {told}{hint}"
-
-
-def check_model(model: Any) -> None:
-    """Refuse what can't be converted, and say what to give instead.
-
-    Raises:
-        ModelError: see the message.
-    """
-    name = type(model).__name__
-    if not isinstance(model, nn.Module):
-        hint = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
-        raise ModelError(f"an nn.Module is needed, not {model if isinstance(model, type) else name}{hint}")
-    if hasattr(type(model), "state_of_a_copy"):
-        raise ModelError("the model is variational already; convert its .module, or .mean_model(), to start over")
-    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise ModelError(f"{name} is compiled TorchScript; convert the Python module that it was made from")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrappers):
-        raise ModelError(f"the model is wrapped in {name}; convert model.module and wrap the result (in DDP)")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError("the model is compiled; convert model._orig_mod and torch.compile the result")
-    lazy = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
-    if lazy:
-        raise ModelError(
-            f"{listed(lazy)} of a lazy module have no shape yet; call the model once on data, then convert"
-        )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from varify.errors import ModelError
-from varify.reachable import children, contents, reachable, replaced
+from varify.network.reachable import children, contents, reachable, replaced
 
 M = TypeVar("M", bound=nn.Module)
 

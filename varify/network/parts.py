@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.replacing import PLAIN, Replacing, beneath
+from varify.network.replacing import PLAIN, Replacing, beneath
 
 Theta = Mapping[str, Any]
 # What nn.Module keeps in tables of its own; a view has tables of its own, too.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.reachable import attributes, children, contents, in_slot, slots
+from varify.network.reachable import attributes, children, contents, in_slot, slots
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 

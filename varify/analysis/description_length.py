@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from varify.arguments import unpack
-from varify.batches import Splitter
+from varify.analysis.splitting import Splitter
 from varify.module import VariationalModule
-from varify.objective import Criterion, scalar
+from varify.objective.arguments import unpack
+from varify.objective.elbo import Criterion, scalar
 
 
 @dataclass(frozen=True)

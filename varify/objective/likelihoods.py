@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varify.posteriors import softplus_inverse
+from varify.weights.posterior import softplus_inverse
 
 
 class GaussianLikelihood(nn.Module):

@@ -1,17 +1,31 @@
 """KL(q‖p) by the pair of types: exact where a rule is registered, estimated elsewhere."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from varify.posteriors import Posterior
-    from varify.priors import Prior
+from varify.weights.prior import Prior
 
 Rule = TypeVar("Rule", bound=Callable[[Any, Any], Tensor])
 _RULES: dict[tuple[type, type], Callable[[Any, Any], Tensor]] = {}
+
+
+class Posterior(Protocol):
+    """What the rest of varify asks of a posterior over a parameter of shape `(*shape)`."""
+
+    mu: Tensor
+    prior: Prior
+
+    def noise(self) -> Tensor:
+        """Fresh randomness for one draw, without gradient."""
+
+    def at(self, eps: Tensor) -> Tensor:
+        """The draw `(*shape)` that belongs to `eps`; differentiable, in full precision."""
+
+    def entropy(self) -> Tensor:
+        """Scalar `()`, nats."""
 
 
 def register_kl(posterior: type, prior: type) -> Callable[[Rule], Rule]:
@@ -24,7 +38,7 @@ def register_kl(posterior: type, prior: type) -> Callable[[Rule], Rule]:
     return register
 
 
-def kl_divergence(q: "Posterior", p: "Prior") -> Tensor:
+def kl_divergence(q: Posterior, p: Prior) -> Tensor:
     r"""$\mathrm{KL}(q \| p)$ summed over every scalar of one parameter; `()`, nats, differentiable.
 
     Exact by the rule of the nearest types, and by `estimated_kl` where there is none.
@@ -36,7 +50,7 @@ def kl_divergence(q: "Posterior", p: "Prior") -> Tensor:
     return estimated_kl(q, p)
 
 
-def estimated_kl(q: "Posterior", p: "Prior") -> Tensor:
+def estimated_kl(q: Posterior, p: Prior) -> Tensor:
     r"""The unbiased estimate $-\frac1S \sum_s \log p(w_s) - H(q)$, $w_s \sim q$, S = `p.n_mc_samples`.
 
     Blundell et al. 2015 (arXiv:1505.05424, eq. 2) with log q integrated out: the entropy is exact. The draws are its

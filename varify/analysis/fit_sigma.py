@@ -1,20 +1,18 @@
 """Posteriors and priors from data or from the means alone, without gradient descent."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
-from varify.batches import Batch, Splitter
-from varify.draws import vectorized, watched
+from varify.analysis.splitting import Batch, Splitter
 from varify.errors import PriorError
 from varify.module import VariationalModule
-from varify.objective import Criterion, scalar
-from varify.posteriors import GaussianPosterior, softplus_inverse
-from varify.priors import Gaussian
-from varify.selection import matching
+from varify.objective.elbo import Criterion, scalar
+from varify.prediction.sampling import vectorized, watched
+from varify.weights.posterior import GaussianPosterior, softplus_inverse
 
 Weights = dict[str, Tensor]
 Squares = dict[str, Tensor]
@@ -182,47 +180,3 @@ def _over_data(of_one: _OfOne, means: Weights, batch: Batch) -> Iterator[Squares
         except Exception:  # no batching rule; an error of the user's own comes again below
             for i in range(start, min(start + chunk, batch.size)):
                 yield of_one.alone(means, batch.datum(i))
-
-
-@torch.no_grad()
-def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> dict[str, float]:
-    """Set the std of Gaussian priors to what maximises the ELBO: empirical Bayes, one number a parameter tensor.
-
-    std² = mean of (mu − m)² + sigma², m the prior's mean. Call it once, or now and then as training goes.
-
-    Args:
-        vnet: its parameters with another prior keep that.
-        where: glob, or several, on parameter names.
-
-    Returns:
-        The new std by parameter name; those of which no weight is free keep theirs, and are left out.
-
-    Raises:
-        SelectionError: `where` matches nothing.
-        PriorError: nothing that it matches has a Gaussian prior.
-    """
-    posteriors = dict(vnet.posteriors)
-    matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
-    if not matched:
-        raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
-    fitted, new = {}, {}
-    for name in matched:
-        q = posteriors[name].free()
-        if not q.rho.numel():  # pruned as a whole: there is nothing to fit to
-            continue
-        prior = q.prior
-        assert isinstance(prior, Gaussian)
-        fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
-        new[name] = _with_std(name, posteriors[name], fitted[name])
-    for name, prior in new.items():  # not by set_prior, which looks through all names at every call
-        vnet.prior.put_leaf(name, prior)
-    return fitted
-
-
-def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:
-    """The Gaussian prior of `q` with another std."""
-    assert isinstance(q.prior, Gaussian)
-    try:
-        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan_in matters without a std alone
-    except PriorError as error:
-        raise PriorError(f"{name}: {error}") from None

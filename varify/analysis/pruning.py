@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from varify.module import VariationalModule
-from varify.posteriors import PRUNED, GaussianPosterior
-from varify.selection import matching
-from varify.sharding import refuse_sharded
+from varify.network.selection import matching
+from varify.network.sharding import refuse_sharded
+from varify.weights.posterior import PRUNED, GaussianPosterior
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from varify.errors import PriorError, StructureError, VarifyError, listed
 from varify.module import VariationalModule
-from varify.priors import KINDS
-from varify.selection import check_model, sites
-from varify.sharding import refuse_sharded
+from varify.network.checks import check_model
+from varify.network.parameters import sites
+from varify.network.sharding import refuse_sharded
+from varify.priors.registry import KINDS
 from varify.variationalize import variationalize
 
 FORMAT = "1"

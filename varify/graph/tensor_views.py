@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from varify.moments import Moments
+from varify.weights.moments import Moments
 
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 VIEWS = CASTS | {

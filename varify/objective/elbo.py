@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varify.arguments import fewest, unpack
 from varify.module import VariationalModule, prior_loss, variational_parts
-from varify.schedules import Schedule
+from varify.objective.arguments import fewest, unpack
+from varify.objective.schedules import Schedule
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]

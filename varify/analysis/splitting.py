@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from varify.arguments import has_length, unpack
 from varify.errors import listed
 from varify.module import VariationalModule
-from varify.objective import Criterion, scalar
+from varify.objective.arguments import has_length, unpack
+from varify.objective.elbo import Criterion, scalar
 
 INPUTS, TARGETS = "inputs", "targets"
 SAY = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"

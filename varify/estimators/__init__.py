@@ -1,0 +1,6 @@
+"""How gradients are estimated. A custom rule is one decorated function; see `rule`."""
+
+from varify.estimators import flipout, local  # noqa: F401  # they register their rules
+from varify.estimators.rules import rule
+
+__all__ = ["rule"]

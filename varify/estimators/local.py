@@ -1,0 +1,89 @@
+"""Local reparameterization: noise on the outputs (Kingma, Salimans & Welling 2015, arXiv:1506.02557)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varify.estimators.arguments import broadcast, looked_up, mean_of, no_bias, renormalized, rows, rows_beside, scaled
+from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, rule
+from varify.weights.moments import Moments
+
+
+def _with_noise(mean: Tensor, var: Tensor) -> Tensor:
+    # The square root has an infinite slope at 0, where no input or no sigma reaches an output: there the noise is 0.
+    std = torch.where(var > 0, var.clamp_min(torch.finfo(var.dtype).tiny).sqrt(), 0.0)
+    return mean + std.to(mean.dtype) * torch.randn_like(mean)
+
+
+def _scale(like: Tensor, sigma: Tensor) -> Tensor | float:
+    """What to divide sigma by, so that its square can be told from 0 in half precision."""
+    kind = like.device.type
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    return sigma.detach().amax().clamp_min(torch.finfo(torch.float32).tiny) if half == torch.float16 else 1.0
+
+
+@rule("local", *LINEAR, along=("bias",), uses=rows)
+@rule("local", *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
+def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
+    """Mean = op(x, mu), variance = op(x², sigma²), the bias' variance added; one noise per output element.
+
+    Right for each output by itself; on convolutions and sequences the correlations between positions are dropped.
+    """
+    mean = op(input, weight.mu, mean_of(bias), *settings, **named)
+    scale = _scale(input, weight.sigma)
+    bias_var = bias.var(scale) if isinstance(bias, Moments) else None
+    var = op(input.square(), weight.var(scale), bias_var, *settings, **named)
+    return _with_noise(mean, var.float() * scale**2 if isinstance(scale, Tensor) else var)
+
+
+@rule("local", "matmul", "mm", of=("input", "other"), uses=rows_beside)
+def local_matmul(op: Any, input: Any, other: Any) -> Tensor:
+    """`x @ w` and `w @ x` with one noise per output element."""
+    mean: Tensor = op(mean_of(input), mean_of(other))
+    left, right = (p.var() if isinstance(p, Moments) else p.square() for p in (input, other))
+    return _with_noise(mean, op(left, right))
+
+
+@rule("local", "addmm", of=("mat2",), along=("input",), refuses=no_bias, uses=rows)
+def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
+    """`input + mat1 @ mat2`, the variance of a bias added; one noise per output element."""
+    mean: Tensor = op(mean_of(input), mat1, mat2.mu)
+    scale = _scale(mat1, mat2.sigma)
+    var = mat1.square() @ mat2.var(scale)
+    var = var + input.var(scale) if isinstance(input, Moments) else var
+    return _with_noise(mean, var.float() * scale**2 if isinstance(scale, Tensor) else var)
+
+
+@rule("local", F.bilinear, along=("bias",), uses=rows)
+def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
+    """x₁ᵀ w x₂ is linear in w: its variance is that of the squares."""
+    mean = op(input1, input2, weight.mu, mean_of(bias))
+    bias_var = bias.var() if isinstance(bias, Moments) else None
+    return _with_noise(mean, op(input1.square(), input2.square(), weight.var(), bias_var))
+
+
+@rule("local", F.embedding, refuses=renormalized, uses=looked_up)
+def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
+    """Noise for the rows looked up alone; a row that is looked up twice gets two noises."""
+    mean: Tensor = op(input, weight.mu, **settings)
+    sigma: Tensor = op(input, weight.sigma, **settings)
+    return mean + (sigma * torch.randn_like(sigma)).to(mean.dtype)
+
+
+@rule("local", "add", of=("input", "other"), refuses=scaled, uses=broadcast)
+def local_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
+    """`x + w` with one noise per output element."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x + w.mu
+    return mean + w.sigma.to(mean.dtype) * torch.randn_like(mean)
+
+
+@rule("local", "mul", of=("input", "other"), uses=broadcast)
+def local_mul(op: Any, input: Any, other: Any) -> Tensor:
+    """`x * w` with one noise per output element."""
+    x, w = (other, input) if isinstance(input, Moments) else (input, other)
+    mean: Tensor = x * w.mu
+    noise: Tensor = x * w.sigma.to(mean.dtype) * torch.randn_like(mean)
+    return mean + noise

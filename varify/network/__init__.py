@@ -1,0 +1,1 @@
+"""The user's module: its parameters, copies and views. No posterior, no graph."""

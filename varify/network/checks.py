@@ -1,0 +1,35 @@
+"""What is refused before anything is done."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from varify.errors import ModelError, listed
+
+
+def check_model(model: Any) -> None:
+    """Refuse what can't be converted, and say what to give instead.
+
+    Raises:
+        ModelError: see the message.
+    """
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        hint = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+        raise ModelError(f"an nn.Module is needed, not {model if isinstance(model, type) else name}{hint}")
+    if hasattr(type(model), "state_of_a_copy"):
+        raise ModelError("the model is variational already; convert its .module, or .mean_model(), to start over")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ModelError(f"{name} is compiled TorchScript; convert the Python module that it was made from")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    if isinstance(model, wrappers):
+        raise ModelError(f"the model is wrapped in {name}; convert model.module and wrap the result (in DDP)")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError("the model is compiled; convert model._orig_mod and torch.compile the result")
+    lazy = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ModelError(
+            f"{listed(lazy)} of a lazy module have no shape yet; call the model once on data, then convert"
+        )

@@ -1,0 +1,1 @@
+"""What many draws of the weights say together."""

@@ -1,0 +1,10 @@
+"""Priors over one parameter tensor. A custom prior is one decorated class; see `register`."""
+
+from varify.priors.conjugate import Conjugate, ConjugateKnownMean
+from varify.priors.distribution import Factorised
+from varify.priors.gaussian import Gaussian
+from varify.priors.mixture import ScaleMixture
+from varify.priors.registry import as_prior, register
+from varify.weights.prior import Prior
+
+__all__ = ["Conjugate", "ConjugateKnownMean", "Factorised", "Gaussian", "Prior", "ScaleMixture", "as_prior", "register"]

@@ -1,0 +1,134 @@
+"""The posterior of one parameter: its mu, rho and prior seen as one thing."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varify.weights.kl import kl_divergence
+from varify.weights.moments import Moments
+from varify.weights.prior import Prior
+
+PRUNED = 2  # in a mask of fixed weights
+# Below it softplus(rho) is e^rho to the last digit of double precision, 1.3e-14: less than any weight's scale.
+LEAST_RHO = -32.0
+
+
+@torch.no_grad()
+def softplus_inverse(sigma: Tensor) -> Tensor:
+    """Rho with softplus(rho) = sigma, for sigma > 0, elementwise; without gradient."""
+    # log(exp(s) - 1) overflows from s = 89 in float32 and loses all digits near 0; sigma + log(-expm1(-sigma)) does
+    # neither. In place, for a network may be one large matrix.
+    return sigma.neg().expm1_().neg_().log_().add_(sigma)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, in no time where nothing is to be done."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class GaussianPosterior:
+    """q(w) = N(mu, sigma²), factorised, with sigma = softplus(rho).
+
+    A view: `mu` and `rho` are the live parameters, so what is computed here is differentiable in them.
+
+    Attributes:
+        mu: `(*shape)`, in the network's dtype.
+        rho: `(*shape)`, in single precision where the network is half.
+        prior: what the Kullback-Leibler divergence is taken to.
+        fixed: `(*shape)`, nonzero at weights that are not random: 1 where they stay at mu (the padding row of an
+            embedding), `PRUNED` where they are 0. They have sigma 0 and no divergence. None if there
+            are none. Those that stay at mu have the gradient that the network gives them.
+    """
+
+    __slots__ = ("fixed", "mu", "prior", "rho")
+
+    def __init__(self, mu: Tensor, rho: Tensor, prior: Prior, fixed: Tensor | None = None) -> None:
+        self.mu, self.rho, self.prior, self.fixed = mu, rho, prior, fixed
+
+    @property
+    def mean(self) -> Tensor:
+        """mu, `(*shape)`, in the precision of rho, which draws and divergences are computed in."""
+        mean = cast(self.mu, self.rho.dtype)
+        if self.fixed is None:
+            return mean
+        return torch.where(self.fixed == PRUNED, 0.0, mean)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation, `(*shape)`, in the precision of rho."""
+        sigma = F.softplus(self.rho)
+        return sigma if self.fixed is None else torch.where(self.fixed == 0, sigma, 0.0)
+
+    @property
+    def log_sigma(self) -> Tensor:
+        """Log of the standard deviation of weights that are not fixed, `(*shape)`; exact where sigma underflows."""
+        sigma, log_rest = self.floored_sigma()
+        return sigma.log() + log_rest
+
+    def floored_sigma(self) -> tuple[Tensor, Tensor]:
+        """Sigma, but at least 1.3e-14, and log sigma less the logarithm of that, each `(*shape)`; masks don't count.
+
+        A divergence takes the first for sigma, which underflows where rho is far below 0, and then subtracts the sum
+        of the second: of so small a sigma only the logarithm makes a difference, to any prior for weights.
+        """
+        # Without a gradient of its own, so that rho has that of the logarithm at the floor: 1, as anywhere below it.
+        rest = self.rho.detach().sub(LEAST_RHO).clamp_max_(0.0)
+        return F.softplus(self.rho - rest), rest
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal to noise, |mu|/sigma, `(*shape)`: how much a weight matters; 0 for one that is fixed at 0."""
+        return torch.where(self.mean == 0, 0.0, self.mean.abs() / self.sigma)
+
+    def noise(self) -> Tensor:
+        """Eps ~ N(0, 1), `(*shape)`. Always a new tensor: one refilled in place would corrupt rho's gradients."""
+        return torch.randn_like(self.rho, requires_grad=False)
+
+    def at(self, eps: Tensor) -> Tensor:
+        """Mu + sigma·eps, `(*shape)`, in the precision of rho (Kingma & Welling 2014, arXiv:1312.6114)."""
+        return torch.addcmul(self.mean, self.sigma, eps)
+
+    def rsample(self) -> Tensor:
+        """One draw, `(*shape)`, in the network's dtype, differentiable in mu and rho."""
+        return cast(self.at(self.noise()), self.mu.dtype)
+
+    def moments(self, *, keeping: int | None = None) -> Moments:
+        """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator.
+
+        Args:
+            keeping: keep one noise for all uses in a call of so many examples; see `varify.moments.Kept`.
+        """
+        moments = Moments(cast(self.mean, self.mu.dtype), self.sigma)
+        return moments if keeping is None else moments.keeping(keeping)
+
+    def entropy(self) -> Tensor:
+        """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""
+        if self.fixed is not None:
+            return self.free().entropy()
+        return self.log_sigma.sum() + self.rho.numel() * 0.5 * (1 + math.log(2 * math.pi))
+
+    def log_ratio(self, eps: Tensor) -> Tensor:
+        """Log q(w) − log p(w) at the draw that belongs to `eps`, scalar `()`, nats; its mean over draws is the KL."""
+        if self.fixed is not None:
+            return self.free().log_ratio(eps[self.fixed == 0])
+        if not self.rho.numel():  # a prior's density of no weights, such as one by their mean, may be NaN
+            return self.rho.sum()
+        log_q = -(0.5 * eps.square() + self.log_sigma).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
+        return log_q - self.prior.log_prob(self.at(eps))
+
+    def kl_divergence(self) -> Tensor:
+        """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""
+        q = self.free()
+        return kl_divergence(q, q.prior) if q.rho.numel() else q.rho.sum()
+
+    def free(self) -> "GaussianPosterior":
+        """The posterior of the weights that are not fixed, as a vector."""
+        if self.fixed is None:
+            return self
+        free = self.fixed == 0
+        return GaussianPosterior(self.mu[free], self.rho[free], self.prior.at(free))
+
+    def __repr__(self) -> str:
+        return f"GaussianPosterior(shape={tuple(self.mu.shape)}, prior={self.prior!r})"
