@@ -21,9 +21,9 @@ class Odd(nn.Module):
 MODELS = {
     "a class": (
         lambda: nn.Linear,
-        r"an nn.Module is needed, not <class .*Linear'>: pass an instance, Linear\(\.\.\.\)",
+        r"model must be an nn.Module, got <class .*Linear'>: pass an instance, Linear\(\.\.\.\)",
     ),
-    "a number": (lambda: 3, "an nn.Module is needed, not int"),
+    "a number": (lambda: 3, "model must be an nn.Module, got int"),
     "variational": (lambda: varify.variationalize(nn.Linear(2, 2)), r"variational already; convert its .module"),
     "DataParallel": (lambda: nn.DataParallel(nn.Linear(2, 2)), "wrapped in DataParallel; convert model.module"),
     "compiled": (lambda: torch.compile(nn.Linear(2, 2)), "convert model._orig_mod and torch.compile the result"),
@@ -60,7 +60,7 @@ def test_nothing_chosen() -> None:
         ("fc9*", r"where='fc9\*' matches no parameter that can be variational; this model has 0.weight \(not chosen\)"),
         (lambda name, parameter, owner: False, "matches no parameter"),
         ([], "matches no parameter"),
-        (3, "where=3: a glob on parameter names"),
+        (3, "where must be a glob on parameter names, .*, got 3"),
         (network[0], "a glob on parameter names"),
         (["0.*", "nope"], "where='nope' matches no parameter; there are 0.weight"),
         ("0", r"for the layer, write '0.\*'"),
@@ -96,9 +96,9 @@ def test_parameters_that_can_not_be_variational_are_left_and_named() -> None:
     [
         (
             "xavier",
-            r"init='xavier': a varify.inits.Init or one of the names relative, constant, zero_mean, normal, moped",
+            r"init must be a varify.inits.Init or one of relative, constant, zero_mean, normal, moped, got 'xavier'",
         ),
-        (3, "init=3"),
+        (3, "init must be .*, got 3"),
     ],
 )
 def test_bad_initialisations(init: object, told: str) -> None:
@@ -108,10 +108,10 @@ def test_bad_initialisations(init: object, told: str) -> None:
 
 def test_bad_numbers_in_initialisations() -> None:
     for make, told in (
-        (lambda: varify.inits.Constant(0.0), "sigma=0.0"),
-        (lambda: varify.inits.Relative(-1), "scale=-1"),
-        (lambda: varify.inits.Moped(delta=float("inf")), "delta=inf"),
-        (lambda: varify.inits.Normal(rho=(-3.0, -0.1)), "rho="),
+        (lambda: varify.inits.Constant(0.0), "sigma must be a positive number, got 0.0"),
+        (lambda: varify.inits.Relative(-1), "scale must be a positive number, got -1"),
+        (lambda: varify.inits.Moped(delta=float("inf")), "delta must be a positive number, got inf"),
+        (lambda: varify.inits.Normal(rho=(-3.0, -0.1)), "rho must be"),
     ):
         with pytest.raises(varify.InitError, match=told):
             make()
@@ -130,5 +130,5 @@ def test_a_refused_conversion_leaves_the_network_alone() -> None:
 def test_bad_predictions() -> None:
     vnet = varify.variationalize(nn.Linear(3, 2))
     for n_samples in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match=f"n_samples={n_samples}"):
+        with pytest.raises(ValueError, match=f"n_samples must be a positive integer, got {n_samples}"):
             vnet.predict(torch.ones(1, 3), n_samples=n_samples)

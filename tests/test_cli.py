@@ -102,7 +102,7 @@ BAD_SETTINGS = [
     (["--model", "vgg"], "model 'vgg' is unknown; there are lenet, mlp, 3conv3fc"),
     (["--data", "cifar"], "data 'cifar' is unknown; there are digits, mnist, fashion-mnist"),
     (["--prior", "nose"], "unknown prior 'nose'"),
-    (["--prior", "mixtgauss:pi=2"], "pi=2.0: it must lie within (0, 1)"),
+    (["--prior", "mixtgauss:pi=2"], "pi must lie within (0, 1), got 2.0"),
     (["--prior", "mixtgauss:pi=x"], "it is written name:key=number"),
     (["--epochs", "0"], "epochs must be greater than 0"),
     (["--beta", "-1"], "beta must be at least 0"),

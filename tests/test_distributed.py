@@ -238,7 +238,7 @@ def with_estimators(rank: int) -> dict[str, Any]:
             optimizer.zero_grad()
             (F.mse_loss(network(x[rows(rank)]), y[rows(rank)]) + vnet.prior_loss() / NUM_DATA).backward()
             optimizer.step()
-        plans = vnet._slots().plans.values()
+        plans = vnet.engine.plans.values()
         found[f"{way} plans"] = len(plans)
         found[f"{way} estimators"] = {n: d.estimator for plan in plans for n, d in plan.decisions.items()}
         whole = {n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in vnet.named_parameters()}

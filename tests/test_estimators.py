@@ -285,7 +285,7 @@ def test_a_bias_without_its_weight_and_a_weight_without_its_bias() -> None:
 
 def test_unknown_estimators_are_named() -> None:
     for estimator in ("lrt", 3, {"weight": "radial"}):
-        with pytest.raises(varify.EstimatorError, match="one of auto, flipout, local, weights is needed"):
+        with pytest.raises(varify.EstimatorError, match="one of 'auto', 'flipout', 'local', 'weights', got"):
             varify.variationalize(nn.Linear(3, 2), estimator=estimator)
 
 

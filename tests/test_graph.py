@@ -280,7 +280,7 @@ def test_batches_of_one_have_a_plan_of_their_own() -> None:
     vnet(torch.randn(1, 3, 4))
     x = torch.randn(2, 3, 4)
     vnet(x), vnet(x)
-    assert len(vnet._slots().plans) == 2
+    assert len(vnet.engine.plans) == 2
     ((_, examples),) = vnet.graph(x).meta["decisions"]["fc.weight"].uses
     assert examples == Examples(2, 0)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import varify
 from tests.networks import CASES, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
+from varify.state import read_extra_state
 
 MIXTURE = {"sigma_1": 1.0, "sigma_2": 0.002, "pi": 0.5}
 
@@ -60,7 +61,7 @@ def test_forward_is_linear_algebra_on_one_draw_with_gradients_by_hand() -> None:
 @pytest.mark.parametrize("name", ["mlp", "called twice", "tied", "untraceable", "lstm"])
 def test_prior_loss_leaves_the_data_terms_gradient_alone(name: str, prior: tuple) -> None:
     """The seed systems refill their noise in place: a second draw before backward corrupts the gradient of rho."""
-    vnet = varify.variationalize(seeded(CASES[name]), prior=varify.priors.make(prior[0], **prior[1]))
+    vnet = varify.variationalize(seeded(CASES[name]), prior=varify.priors.as_prior(prior[0], **prior[1]))
     args, kwargs = CASES[name].calls[0]
 
     def gradients(forwards: int, prior_loss_between: bool, together: bool) -> list[Tensor]:
@@ -355,8 +356,9 @@ def test_a_wrong_checkpoint_is_reported_and_changes_nothing() -> None:
 def test_loading_a_prior_nobody_registered_says_what_to_do() -> None:
     vnet = mlp()
     state = vnet.state_dict()
+    state["_extra_state"] = read_extra_state(state["_extra_state"])
     state["_extra_state"]["priors"]["0.bias"]["kind"] = "horseshoe"
-    with pytest.raises(varify.PriorError, match=r"'horseshoe' for 0.bias; import the module that registers it"):
+    with pytest.raises(varify.PriorError, match=r"'horseshoe' for 0.bias; import the module that defines it"):
         vnet.load_state_dict(state)
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import varify
+from varify.estimators import rules
+from varify.priors import registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -28,15 +30,14 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(0)
     train_set = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
     names = {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
-    kinds, rules = dict(varify.priors.KINDS), dict(varify.estimators._RULES)
+    kinds, known = dict(registry._BY_NAME), dict(rules._RULES)
     try:
         for block in BLOCKS:
             exec(block, names)
     finally:
-        varify.priors.KINDS.clear()
-        varify.priors.KINDS.update(kinds)
-        varify.estimators._RULES.clear()
-        varify.estimators._RULES.update(rules)
+        for table, before in ((registry._BY_NAME, kinds), (rules._RULES, known)):
+            table.clear()
+            table.update(before)
     assert len(BLOCKS) >= 6
     assert isinstance(names["pred"], varify.Prediction)
     assert names["terms"].loss.isfinite()
@@ -53,6 +54,14 @@ def test_what_the_readme_names_exists() -> None:
             assert target is not None, f"varify.{name}"
 
 
-@pytest.mark.parametrize("path", re.findall(r"^\| `([a-z_]+\.py)`", README, flags=re.MULTILINE))
-def test_files_that_the_readme_tells_of_exist(path: str) -> None:
-    assert (Path(varify.__file__).parent / path).exists()
+ARCHITECTURE = Path(varify.__file__).parent / "ARCHITECTURE.md"
+
+
+@pytest.mark.parametrize("path", re.findall(r"`([a-z_/]+\.py)`", ARCHITECTURE.read_text()))
+def test_files_that_the_architecture_tells_of_exist(path: str) -> None:
+    assert (ARCHITECTURE.parent / path).exists() or (ARCHITECTURE.parent.parent / path).exists()
+
+
+def test_the_architecture_tells_of_every_folder() -> None:
+    for folder in (path for path in ARCHITECTURE.parent.iterdir() if (path / "__init__.py").exists()):
+        assert f"{folder.name}/" in ARCHITECTURE.read_text()

@@ -78,9 +78,9 @@ EVERY_PRIOR = {
     "mixtgauss": priors.ScaleMixture(1.0, 0.1, 0.5),
     "conjugate": priors.Conjugate(0.0, 3.0, 0.5, 0.5),
     "conjugate_known_mean": priors.ConjugateKnownMean(0.0, 0.5, 0.5),
-    "laplace": priors.make(td.Laplace(0.0, 0.5)),
-    "cauchy": priors.make(td.Cauchy(torch.zeros(1), 0.5)),
-    "mixture": priors.make(
+    "laplace": priors.as_prior(td.Laplace(0.0, 0.5)),
+    "cauchy": priors.as_prior(td.Cauchy(torch.zeros(1), 0.5)),
+    "mixture": priors.as_prior(
         td.MixtureSameFamily(td.Categorical(torch.ones(2)), td.Normal(torch.zeros(2), torch.ones(2)))
     ),
 }
@@ -133,18 +133,18 @@ RHOS = [-1e4, -105.0, -95.0, -44.0, -20.0, 2.0]
 # log densities in mpmath's arithmetic, as the textbooks have them
 LOG_DENSITIES = {
     "gaussian": (priors.Gaussian(0.2, 0.5), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
-    "normal": (priors.make(td.Normal(0.2, 0.5)), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
-    "laplace": (priors.make(td.Laplace(0.2, 0.5)), lambda w: -abs(w - mpf(0.2)) / mpf(0.5)),
+    "normal": (priors.as_prior(td.Normal(0.2, 0.5)), lambda w: mp.log(mp.npdf(w, mpf(0.2), mpf(0.5)))),
+    "laplace": (priors.as_prior(td.Laplace(0.2, 0.5)), lambda w: -abs(w - mpf(0.2)) / mpf(0.5)),
     "gumbel": (
-        priors.make(td.Gumbel(0.2, 0.5)),
+        priors.as_prior(td.Gumbel(0.2, 0.5)),
         lambda w: -(w - mpf(0.2)) / mpf(0.5) - mp.exp(-(w - mpf(0.2)) / mpf(0.5)) - mp.log(mpf(0.5)),
     ),
     "student": (
-        priors.make(td.StudentT(3.0, 0.2, 0.5)),
+        priors.as_prior(td.StudentT(3.0, 0.2, 0.5)),
         lambda w: -2 * mp.log(1 + ((w - mpf(0.2)) / mpf(0.5)) ** 2 / 3),
     ),
     "cauchy": (
-        priors.make(td.Cauchy(0.2, 0.5)),
+        priors.as_prior(td.Cauchy(0.2, 0.5)),
         lambda w: -mp.log(mpf(0.5) * mp.pi * (1 + ((w - mpf(0.2)) / mpf(0.5)) ** 2)),
     ),
     "mixtgauss": (

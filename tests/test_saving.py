@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import varify
 from tests.networks import CASES, seeded
+from varify.priors import registry
+from varify.state import read_extra_state
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -110,7 +112,7 @@ def test_the_file_is_tensors_and_json(tmp_path: Path) -> None:
     varify.save(vnet, tmp_path / "a")
     with safe_open(tmp_path / "a", framework="pt") as file:
         settings = json.loads(file.metadata()["settings"])
-        assert set(file.keys()) == {n for n, v in vnet.state_dict().items() if isinstance(v, Tensor)}
+        assert {*file.keys(), "_extra_state"} == set(vnet.state_dict())
     assert settings["extra"]["_extra_state"]["priors"]["conv.weight"]["sigma_2"] == 0.1
     assert settings["network"] == "Sequential"
 
@@ -149,7 +151,7 @@ def test_another_network(tmp_path: Path) -> None:
     varify.save(variational(), tmp_path / "a")
     with pytest.raises(varify.StructureError, match=r"of a Sequential in which conv\.weight \(3, 1, 3, 3\)"):
         varify.load(tmp_path / "a", nn.Linear(2, 2))
-    with pytest.raises(varify.ModelError, match=r"nn\.Module is needed"):
+    with pytest.raises(varify.ModelError, match=r"must be an nn\.Module"):
         varify.load(tmp_path / "a", "a name")  # type: ignore[arg-type]
     bigger = nn.Sequential(OrderedDict([*network().named_children(), ("more", nn.BatchNorm2d(2))]))
     with pytest.raises(varify.StructureError, match=r"(?s)another network than this Sequential.*module\.more\.weight"):
@@ -168,7 +170,7 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path: Path) -> Non
     before = path.read_bytes()
     with pytest.raises(TypeError, match=r"module\._extra_state is a dict .* torch\.save"):
         varify.save(varify.variationalize(Odd(2, 2)), path)
-    with pytest.raises(TypeError, match=r"takes a variational module, not Linear; see varify\.variationalize"):
+    with pytest.raises(TypeError, match=r"vnet must be a variational module, got a Linear; see varify\.variationalize"):
         varify.save(nn.Linear(2, 2), path)  # type: ignore[arg-type]
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -185,11 +187,49 @@ def test_a_compiled_network_is_saved_as_the_one_it_was_compiled_from(tmp_path: P
     assert_same(varify.load(tmp_path / "a", network()), vnet)
 
 
-def test_a_prior_of_ones_own_that_is_not_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_prior_whose_module_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     varify.save(variational(prior=varify.priors.ScaleMixture(1.0, 0.1, 0.5)), tmp_path / "a")
-    monkeypatch.delitem(varify.priors.KINDS, "mixtgauss")
-    with pytest.raises(varify.PriorError, match=r"'mixtgauss' for conv\.weight; import the module that registers it"):
+    monkeypatch.delitem(registry._BY_NAME, "mixtgauss")
+    with pytest.raises(varify.PriorError, match=r"'mixtgauss' for conv\.weight; import the module that defines it"):
         varify.load(tmp_path / "a", network())
+
+
+def test_a_custom_prior_that_is_not_registered_comes_back(tmp_path: Path) -> None:
+    class Student(varify.priors.Prior):
+        def __init__(self, df: float, scale: Any) -> None:
+            super().__init__()
+            self.keep_positive(df=df, scale=scale)
+
+        def log_prob(self, w: Tensor) -> Tensor:
+            return torch.distributions.StudentT(self.df, 0.0, self.scale).log_prob(w).sum()
+
+    prior = Student(3.0, torch.tensor([[0.5], [2.0]]))
+    vnet = varify.variationalize(nn.Linear(3, 2), prior={"weight": prior})
+    varify.save(vnet, tmp_path / "a")
+    loaded = varify.load(tmp_path / "a", nn.Linear(3, 2))
+    other = varify.variationalize(nn.Linear(3, 2))
+    other.load_state_dict(vnet.state_dict())
+    for found in (loaded, other):
+        assert type(found.posteriors["weight"].prior) is Student
+        assert torch.equal(found.posteriors["weight"].prior.scale, prior.scale)
+    state = dict(vnet.state_dict())
+    state["_extra_state"] = read_extra_state(state["_extra_state"])
+    state["_extra_state"]["priors"]["weight"]["kind"] = "their.module:Student"
+    with pytest.raises(varify.PriorError, match=r"'their\.module:Student' for weight; import the module that defines"):
+        other.load_state_dict(state)
+
+
+def test_a_prior_with_settings_that_are_no_plain_values_is_refused(tmp_path: Path) -> None:
+    class Odd(varify.priors.Gaussian):
+        def settings(self) -> dict[str, Any]:
+            return {"std": (1, 2)}
+
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    vnet.prior.put_leaf("weight", Odd(std=1.0))
+    for save in (lambda: varify.save(vnet, tmp_path / "a"), vnet.state_dict):
+        with pytest.raises(varify.PriorError, match=r"the prior of weight, .* can't be saved|could not be loaded"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_is_variational_itself(tmp_path: Path) -> None:
@@ -286,15 +326,16 @@ class Narrower(varify.priors.Gaussian):  # which has the name of its parent
 
 
 @pytest.mark.parametrize("prior", [Unregistered(), Narrower()], ids=["no name", "its parent's name"])
-def test_a_prior_that_could_not_be_loaded_is_not_written(prior: Any, tmp_path: Path) -> None:
-    own = type(prior).__name__
-    told = rf'the prior of out\.weight, a {own}, is not registered.*@varify\.priors\.register\("{own.lower()}"\)'
-    with pytest.raises(varify.PriorError, match=told):
-        varify.save(variational(prior={"out.weight": prior}), tmp_path / "a")
-    inner = varify.variationalize(nn.Linear(3, 2), prior=prior)
-    with pytest.raises(varify.PriorError, match=rf"the prior of module\.1\.weight, a {own}"):
-        varify.save(varify.variationalize(nn.Sequential(nn.Linear(3, 3), inner)), tmp_path / "a")
-    assert not list(tmp_path.iterdir())
+def test_priors_without_a_name_of_their_own_are_known_by_their_class(prior: Any, tmp_path: Path) -> None:
+    varify.save(variational(prior={"out.weight": prior}), tmp_path / "a")
+    assert type(varify.load(tmp_path / "a", network()).posteriors["out.weight"].prior) is type(prior)
+
+    def nested() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2), prior=prior))
+
+    varify.save(varify.variationalize(nested()), tmp_path / "a")
+    found = varify.load(tmp_path / "a", nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2))))
+    assert type(found.module[1].posteriors["weight"].prior) is type(prior)
 
 
 # --- files that somebody else wrote, or that are damaged
@@ -316,6 +357,7 @@ def rewritten(path: Path, change: Any, vnet: varify.VariationalModule | None = N
 
 def state_with(prior: Any) -> dict[str, Any]:
     state = varify.variationalize(nn.Linear(3, 2)).state_dict()
+    state["_extra_state"] = read_extra_state(state["_extra_state"])
     state["_extra_state"]["priors"]["weight"] = prior
     return dict(state)
 
@@ -344,16 +386,25 @@ ODD_PRIORS = {
     "unknown": ({**GAUSSIAN, "nose": 1}, "'gaussian' of weight: got an unexpected keyword argument 'nose'"),
     "huge": ({**GAUSSIAN, "mean": HUGE}, r"of weight: mean has shape \(1000000, 1000000\); the parameter has \(2, 3\)"),
     "larger": ({**GAUSSIAN, "std": [5, 2, 3]}, r"of weight: std has shape \(5, 2, 3\); the parameter has \(2, 3\)"),
-    "no shape": ({**GAUSSIAN, "std": [2, -3]}, r"of weight: std=\[2, -3\]: the shape of a tensor is needed"),
-    "half a row": ({**GAUSSIAN, "std": [1.5]}, r"of weight: std=\[1\.5\]: the shape of a tensor"),
-    "text": ({**GAUSSIAN, "std": "1.0"}, "of weight: std='1.0': a number or a tensor is needed"),
-    "negative": ({**GAUSSIAN, "std": -1.0}, "of weight: std=-1.0: it must be greater than 0"),
+    "no shape": ({**GAUSSIAN, "std": [2, -3]}, r"of weight: std must be the shape of a tensor, got \[2, -3\]"),
+    "half a row": ({**GAUSSIAN, "std": [1.5]}, r"of weight: std must be the shape of a tensor, got \[1\.5\]"),
+    "text": ({**GAUSSIAN, "std": "1.0"}, "of weight: std must be a number or a tensor, got '1.0'"),
+    "negative": ({**GAUSSIAN, "std": -1.0}, "of weight: std must be positive, got -1.0"),
     "too large a number": ({**GAUSSIAN, "mean": 10**400}, "'gaussian' of weight: "),
-    "many draws": ({**MIXTGAUSS, "n_mc_samples": 10**12}, "of weight: n_mc_samples=10{12}: .* at most 100,000"),
-    "no draws": ({**MIXTGAUSS, "n_mc_samples": "3"}, "of weight: n_mc_samples='3'"),
-    "no description": (described(None), "of weight: distribution=None: a class of torch.distributions"),
-    "a function": (described({"class": "kl_divergence"}), "of weight: distribution=.* a class of torch.distributions"),
-    "builtins": (described({"class": "__builtins__"}), "of weight: distribution=.* a class of torch.distributions"),
+    "many draws": (
+        {**MIXTGAUSS, "n_mc_samples": 10**12},
+        "of weight: n_mc_samples must be at most 100,000",
+    ),
+    "no draws": ({**MIXTGAUSS, "n_mc_samples": "3"}, "of weight: n_mc_samples must be a positive"),
+    "no description": (described(None), "of weight: distribution must be a class of torch.distributions .*, got None"),
+    "a function": (
+        described({"class": "kl_divergence"}),
+        "of weight: distribution must be a class",
+    ),
+    "builtins": (
+        described({"class": "__builtins__"}),
+        "of weight: distribution must be a class",
+    ),
     "an unknown argument": (
         described({"class": "Normal", "loc": [], "scale": [], "nose": []}),
         "of weight: distribution, of class Normal: got an unexpected keyword argument 'nose'",
@@ -502,11 +553,12 @@ def test_odd_settings_in_files_are_refused_by_name(change: Any, told: str, tmp_p
 @pytest.mark.parametrize("estimator", ["nose", 3, None, ["local"]])
 def test_unknown_estimators_in_files_are_refused_by_name(estimator: Any, tmp_path: Path) -> None:
     rewritten(tmp_path / "a", extra(estimators={"weight": estimator, "bias": "local"}))
-    with pytest.raises(varify.EstimatorError, match=r"estimator of weight: estimator=.*: one of .* is needed"):
+    with pytest.raises(varify.EstimatorError, match=r"estimator of weight: estimator must be one of .*, got"):
         varify.load(tmp_path / "a", nn.Linear(3, 2))
     vnet = varify.variationalize(nn.Linear(3, 2))
     expected = copy.deepcopy(vnet)
     state = vnet.state_dict()
+    state["_extra_state"] = read_extra_state(state["_extra_state"])
     state["_extra_state"]["estimators"] = {"bias": "local", "weight": estimator}
     with pytest.raises(varify.EstimatorError, match="estimator of weight"):
         vnet.load_state_dict(state)
@@ -515,7 +567,7 @@ def test_unknown_estimators_in_files_are_refused_by_name(estimator: Any, tmp_pat
     assert_same(vnet, expected)
 
 
-def test_a_prior_whose_tensors_fit_no_parameter_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prior_whose_tensors_fit_no_parameter_is_not_written(tmp_path: Path) -> None:
     class PerRow(varify.priors.Prior):
         def __init__(self, scale: Tensor) -> None:
             super().__init__()
@@ -527,10 +579,7 @@ def test_a_prior_whose_tensors_fit_no_parameter_is_not_written(tmp_path: Path, m
         def log_prob(self, w: Tensor) -> Tensor:
             return torch.distributions.Normal(0.0, self.scale.unsqueeze(1)).log_prob(w).sum()
 
-    monkeypatch.setattr(varify.priors, "KINDS", dict(varify.priors.KINDS))
-    varify.priors.register("per row")(PerRow)
     vnet = varify.variationalize(nn.Linear(3, 2), prior={"weight": PerRow(torch.ones(2))})
-    monkeypatch.setattr(varify.saving, "KINDS", varify.priors.KINDS)
     told = r"the prior of weight, a PerRow, could not be loaded: scale has shape \(2,\); .* a from_settings of its own"
     with pytest.raises(varify.PriorError, match=told):
         varify.save(vnet, tmp_path / "a")

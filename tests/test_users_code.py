@@ -605,9 +605,9 @@ def test_the_estimator_stays_however_often_a_value_changes(way: Callable[[Any, i
         way(vnet, step)
     rows = str(vnet.summary()).splitlines()
     assert sum("local" in row or "flipout" in row for row in rows) == 6
-    assert len(vnet._slots().plans) == 1
+    assert len(vnet.engine.plans) == 1
     assert all(
-        decision.estimator != "weights" for plan in vnet._slots().plans.values() for decision in plan.decisions.values()
+        decision.estimator != "weights" for plan in vnet.engine.plans.values() for decision in plan.decisions.values()
     )
 
 

@@ -6,7 +6,7 @@ from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.pruning import prune, pruning_curve
 from varify.errors import EstimatorError, InitError, ModelError, PriorError, SelectionError, StructureError, VarifyError
-from varify.module import VariationalModule, prior_loss
+from varify.module import VariationalModule
 from varify.objective import schedules
 from varify.objective.elbo import ELBO, Terms, parameter_groups
 from varify.objective.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
@@ -15,6 +15,7 @@ from varify.serialization import load, save
 from varify.variationalize import variationalize
 from varify.weights.kl import register_kl
 from varify.weights.posterior import GaussianPosterior
+from varify.within import prior_loss
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,8 +1,12 @@
 """Every error varify raises on its own account, and the wording they share."""
 
+import math
+import operator
 import os
 from collections.abc import Iterable
+from numbers import Real
 from types import TracebackType
+from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -24,19 +28,80 @@ class PriorError(VarifyError, ValueError):
 
 
 class InitError(VarifyError, ValueError):
-    """An initialisation can't be used."""
+    """An initialization can't be used."""
 
 
 class EstimatorError(VarifyError, ValueError):
-    """An estimator is unknown, or can't be had for a parameter where it must (`strict=True`)."""
+    """An estimator is unknown, or is unavailable for a parameter where it is needed (`strict=True`)."""
 
 
 class StructureError(VarifyError, RuntimeError):
     """The network inside a variational one was rebuilt after the conversion."""
 
 
+class ArgumentError(VarifyError, ValueError):
+    """An argument has a value that it can't have."""
+
+
+class UnknownNameError(VarifyError, KeyError):
+    """No parameter of that name has a posterior."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError's own has quotes around it
+
+
+class FileError(VarifyError, ValueError):
+    """A file was not written by `varify.save`, or by a version that this one can't read."""
+
+
+class MissingFileError(VarifyError, FileNotFoundError):
+    """A file or folder is not there."""
+
+
+class UnsavableError(VarifyError, TypeError):
+    """Something in a variational module can't be written to a file."""
+
+
+def positive_int(name: str, value: Any, error: type[VarifyError] = ArgumentError) -> int:
+    """`value` as an int, if it is an integer of any library's and at least 1.
+
+    Raises:
+        ArgumentError: it is none, or `error`.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise error(f"{name} must be a positive integer, got {value!r}")
+    return number
+
+
+def positive_number(name: str, value: Any, error: type[VarifyError] = ArgumentError) -> float:
+    """`value` as a float, if it is a finite number greater than 0.
+
+    Raises:
+        ArgumentError: it is none, or `error`.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number < math.inf:
+        raise error(f"{name} must be a positive number, got {value!r}")
+    return number
+
+
+def one_of(name: str, value: Any, options: Iterable[str]) -> None:
+    """Check an argument that has a few values.
+
+    Raises:
+        ArgumentError: `value` is none of them.
+    """
+    options = list(options)
+    if value not in options:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
 def listed(names: Iterable[str], most: int = 4) -> str:
-    """`a, b, c, ... (8 in all)`: enough names to recognise the model, never a screenful."""
+    """`a, b, c, ... (8 in all)`: enough names to recognize the model, never a screenful."""
     names = list(names)
     if len(names) <= most:
         return ", ".join(names) or "none"

@@ -1,25 +1,17 @@
-"""How mu and rho start. An initialisation of one's own: subclass `Init`, give it a `kind`."""
+"""How mu and rho start. A custom initialization is one decorated class; see `register`."""
 
-import math
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from varify.errors import InitError, listed
+from varify.errors import InitError, listed, positive_number
 from varify.weights.posterior import softplus_inverse
-
-KINDS: dict[str, "type[Init]"] = {}
 
 
 class Init:
     """mu and rho of one parameter from its value and the scale of its prior."""
-
-    kind: ClassVar[str] = ""
-
-    def __init_subclass__(cls) -> None:
-        if cls.kind:
-            KINDS[cls.kind] = cls
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:
         """Start values.
@@ -35,56 +27,82 @@ class Init:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(w, prior_std)")
 
 
-def as_init(init: Any) -> Init:
-    """An `Init` from None (the default), a name, or an `Init`."""
+InitType = TypeVar("InitType", bound=type[Init])
+# What `variationalize` takes for an initialization: a name, an `Init`, or None for the default.
+InitLike = str | Init | None
+_BY_NAME: dict[str, type[Init]] = {}
+
+
+def register(name: str) -> Callable[[InitType], InitType]:
+    """Decorate an `Init` class, which needs no arguments, that is to be known by a name.
+
+    ```python
+    @varify.inits.register("wide")
+    class Wide(varify.inits.Init):
+        def __call__(self, w, prior_std):  # mu and rho, each (*shape)
+            return w, varify.inits.softplus_inverse(2 * prior_std)
+    ```
+
+    Raises:
+        InitError: the name is that of another class.
+    """
+
+    def decorate(init_type: InitType) -> InitType:
+        former = _BY_NAME.get(name)
+        if former is not None and former.__qualname__ != init_type.__qualname__:
+            raise InitError(f"the name {name!r} is taken by {former.__qualname__}; choose another")
+        _BY_NAME[name] = init_type
+        return init_type
+
+    return decorate
+
+
+def as_init(init: InitLike) -> Init:
+    """An `Init` from None (the default), a name, or an `Init`.
+
+    Raises:
+        InitError: it is none of these.
+    """
     if init is None:
         return Relative()
     if isinstance(init, Init):
         return init
-    if isinstance(init, str) and init in KINDS:
-        return KINDS[init]()
-    raise InitError(f"init={init!r}: a varify.inits.Init or one of the names {listed(KINDS, 99)} is needed")
+    if isinstance(init, str) and init in _BY_NAME:
+        return _BY_NAME[init]()
+    raise InitError(f"init must be a varify.inits.Init or one of {listed(_BY_NAME, 99)}, got {init!r}")
 
 
-def _positive(name: str, value: float) -> float:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise InitError(f"{name}={value!r}: a number greater than 0 is needed")
-    return float(value)
-
-
+@register("relative")
 class Relative(Init):
     """mu = w, sigma = scale · the prior's std. The default."""
 
-    kind = "relative"
-
     def __init__(self, scale: float = 0.1) -> None:
-        self.scale = _positive("scale", scale)
+        self.scale = positive_number("scale", scale, InitError)
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return w, softplus_inverse(self.scale * prior_std)
 
 
+@register("constant")
 class Constant(Init):
     """mu = w, the same sigma everywhere."""
 
-    kind = "constant"
-
     def __init__(self, sigma: float = 0.01) -> None:
-        self.sigma = _positive("sigma", sigma)
+        self.sigma = positive_number("sigma", sigma, InitError)
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return w, softplus_inverse(torch.full_like(w, self.sigma))
 
 
+@register("zero_mean")
 class ZeroMean(Init):
     """mu = 0, sigma = the prior's std, as PyVarInf starts: with a Gaussian prior of mean 0 the KL starts at 0."""
-
-    kind = "zero_mean"
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return torch.zeros_like(w), softplus_inverse(prior_std)
 
 
+@register("normal")
 class Normal(Init):
     """mu and rho each drawn from a normal, as in PyTorch-BayesianCNN and BLiTZ; the weights given are dropped.
 
@@ -93,18 +111,17 @@ class Normal(Init):
         rho: of rho. BayesianCNN starts with (-3, 0.1), BLiTZ with (-7, 0.1) in linear layers and (-6, 0.1) elsewhere.
     """
 
-    kind = "normal"
-
     def __init__(self, mu: tuple[float, float] = (0.0, 0.1), rho: tuple[float, float] = (-3.0, 0.1)) -> None:
         for name, pair in (("mu", mu), ("rho", rho)):
             if len(pair) != 2 or not pair[1] >= 0:
-                raise InitError(f"{name}={pair!r}: (mean, standard deviation) is needed")
+                raise InitError(f"{name} must be (mean, standard deviation), got {pair!r}")
         self.mu, self.rho = mu, rho
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return torch.empty_like(w).normal_(*self.mu), torch.empty_like(w).normal_(*self.rho)
 
 
+@register("moped")
 class Moped(Init):
     """mu = w, sigma = delta·|w| (MOPED, Krishnan et al. 2020, arXiv:1906.05323).
 
@@ -114,10 +131,9 @@ class Moped(Init):
             gradient of rho vanishes with sigma.
     """
 
-    kind = "moped"
-
     def __init__(self, delta: float = 0.1, floor: float = 1e-5) -> None:
-        self.delta, self.floor = _positive("delta", delta), _positive("floor", floor)
+        self.delta = positive_number("delta", delta, InitError)
+        self.floor = positive_number("floor", floor, InitError)
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return w, softplus_inverse((self.delta * w.abs()).clamp_min(self.floor))

@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.errors import PriorError, StructureError, VarifyError, listed
+from varify.errors import (
+    FileError,
+    MissingFileError,
+    ModelError,
+    PriorError,
+    StructureError,
+    UnsavableError,
+    VarifyError,
+    listed,
+)
 from varify.module import VariationalModule
 from varify.network.checks import check_model
-from varify.network.parameters import sites
+from varify.network.parameters import first_slots
 from varify.network.sharding import refuse_sharded
-from varify.priors.registry import KINDS
+from varify.state import is_plain, read_extra_state
 from varify.variationalize import variationalize
 
 FORMAT = "1"
+EXTRA = "_extra_state"  # torch's key for it
 
 
 def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
@@ -32,32 +42,39 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
         path: of the file, by custom `*.safetensors`.
 
     Raises:
-        FileNotFoundError: the folder is not there.
-        TypeError: vnet is not variational; or what can't be written down: a module's extra state that is no tensor and
-            no plain value, a tensor that is sparse or of a type that such files don't know.
-        PriorError: a prior is not registered, so that `load` could not make it again.
+        MissingFileError: the folder is not there.
+        ModelError: vnet is not variational.
+        UnsavableError: a module's extra state is neither a tensor nor a plain value, or a tensor is sparse or of a
+            type that such files don't know.
+        PriorError: a prior has settings of which `load` could not make it again.
     """
     vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
     if not isinstance(vnet, VariationalModule):
-        raise TypeError(f"varify.save takes a variational module, not {type(vnet).__name__}; see varify.variationalize")
+        raise ModelError(f"vnet must be a variational module, got a {type(vnet).__name__}; see varify.variationalize")
     refuse_sharded(vnet, "varify.save")
     _check_priors(vnet)
     state = vnet.state_dict()
+    for prefix, module in vnet.named_modules():
+        if isinstance(module, VariationalModule):  # as text, so that the file can be read without varify
+            key = f"{prefix}.{EXTRA}" if prefix else EXTRA
+            state[key] = read_extra_state(state[key])
     tensors, plain, same = _parted(state)
+    chosen = vnet.posteriors.settings
     settings = {
         "network": type(vnet.module).__name__,
-        "parameters": vnet._chosen,
-        "skipped": vnet._skipped,
+        "parameters": chosen.names,
+        "skipped": chosen.skipped,
         "requires_grad": {name: p.requires_grad for name, p in vnet.named_parameters()},
         "versions": getattr(state, "_metadata", {}),  # of modules, by which torch migrates old checkpoints
-        "strict": vnet._strict,
+        "strict": chosen.strict,
+        "batch_dim": chosen.batch_dim,
         "extra": plain,
         "same": same,
     }
     metadata = {"format": "pt", "varify": FORMAT, "settings": json.dumps(settings)}
     path = Path(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise FileNotFoundError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
+        raise MissingFileError(f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}")
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -77,7 +94,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
         model: a plain network like the one converted, with any weights, on the device that is wanted. Not changed.
 
     Raises:
-        ValueError: the file was not written by `save`.
+        FileError: the file was not written by `save`.
         StructureError: the model has other parameters or buffers than the one in the file, by name or shape. What it
             does with them can't be checked. Or the settings in the file are none that `save` writes.
         ModelError: the model is no plain network.
@@ -87,28 +104,33 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
     check_model(model)
     library = _library()
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingFileError(f"there is no file {path}")
     try:
         opened = library.safe_open(path, framework="pt")
     except library.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or not whole ({error}); is it of torch.save?") from None
+        raise FileError(f"{path} is no safetensors file, or not whole ({error}); is it of torch.save?") from None
     with opened as file:
         metadata = file.metadata() or {}
         if "varify" not in metadata:
-            raise ValueError(
+            raise FileError(
                 f"{path} was not written by varify.save; a checkpoint of the plain network is loaded as the means, "
                 "by vnet.module.load_state_dict(safetensors.torch.load_file(path))"
             )
         if metadata["varify"] != FORMAT:
-            raise ValueError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
+            raise FileError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
         settings = _settings(path, metadata, set(file.keys()))
         state = OrderedDict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
     state.update({name: state[first] for name, first in settings["same"].items()} | settings["extra"])
     state._metadata = settings["versions"]  # type: ignore[attr-defined]  # where torch keeps them
     chosen = settings["parameters"]
     _check(model, state, chosen, settings["network"])
-    vnet = variationalize(model, where=lambda name, *_: name in set(chosen), strict=settings["strict"])
-    vnet._skipped = settings["skipped"]
+    vnet = variationalize(
+        model,
+        where=lambda name, *_: name in set(chosen),
+        strict=settings["strict"],
+        batch_dim=settings.get("batch_dim", 0),
+    )
+    vnet.posteriors.settings.skipped = settings["skipped"]
     try:
         vnet.load_state_dict(state)
     except VarifyError:
@@ -209,7 +231,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         why = f"of type {tensor.dtype}; keep it as another in the network, such as by torch.view_as_real"
     else:
         return
-    raise TypeError(
+    raise UnsavableError(
         f"{name} can't be written to a safetensors file: it is {why}, or write torch.save(vnet.state_dict(), ...)"
     )
 
@@ -223,46 +245,25 @@ def _has_a_word_for(dtype: torch.dtype) -> bool:
 
 
 def _check_priors(vnet: VariationalModule) -> None:
-    """Refuse priors that could not be made again of their name and settings."""
+    """Refuse priors that could not be made again of their settings."""
     for path, module in vnet.named_modules():
         for name, q in module.posteriors.items() if isinstance(module, VariationalModule) else ():
-            own, known = type(q.prior), KINDS.get(q.prior.kind)
-            told = f"the prior of {path}{'.' * bool(path)}{name}, a {own.__name__},"
-            if known is None or known.__qualname__ != own.__qualname__:
-                raise PriorError(
-                    f"{told} is not registered, so varify.load could not make it again: decorate the class with "
-                    f'@varify.priors.register("{own.__name__.lower()}")'
-                )
             try:
-                known.check_settings(q.prior.settings(), q.rho.shape)
+                type(q.prior).check_settings(q.prior.settings(), q.rho.shape)
             except PriorError as error:
                 raise PriorError(
-                    f"{told} could not be loaded: {error}; give the class a from_settings of its own"
+                    f"the prior of {path}{'.' * bool(path)}{name}, a {type(q.prior).__name__}, could not be loaded: "
+                    f"{error}; give the class a from_settings of its own"
                 ) from None
 
 
 def _checked(name: str, value: Any) -> Any:
-    try:
-        why = "" if _alike(json.loads(json.dumps(value)), value) else "JSON would change it"
-    except (TypeError, ValueError) as error:
-        why = str(error)
-    if why:
-        raise TypeError(
-            f"{name} is a {type(value).__name__} ({why}), and only tensors and plain values can be written to a "
-            "safetensors file; torch.save(vnet.state_dict(), ...) takes it"
+    if not is_plain(value):
+        raise UnsavableError(
+            f"{name} is a {type(value).__name__} that JSON would change, and only tensors and plain values can be "
+            "written to a safetensors file; torch.save(vnet.state_dict(), ...) takes it"
         )
     return value
-
-
-def _alike(found: Any, value: Any) -> bool:
-    """Equal, and of the same types throughout."""
-    if type(found) is not type(value):
-        return False
-    if isinstance(value, dict):
-        return list(found) == list(value) and all(_alike(found[key], value[key]) for key in value)
-    if isinstance(value, list):
-        return len(found) == len(value) and all(map(_alike, found, value))
-    return bool(found == value)
 
 
 def _umask() -> int:
@@ -272,7 +273,7 @@ def _umask() -> int:
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], chosen: list[str], network: str) -> None:
-    found = sites(model)
+    found = first_slots(model)
     wrong = [
         f"{name} {tuple(state[f'module.{name}'].shape)}"
         for name in chosen

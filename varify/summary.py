@@ -1,10 +1,16 @@
-"""The table that `summary()` gives."""
+"""The table that `summary()` gives: rows from a network and its posteriors, text or HTML out."""
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
+
+from varify.graph.planning import Decision
+from varify.network.parameters import alias_names, first_slots
+from varify.posteriors import Posteriors
 
 HEADER = ("parameter", "shape", "prior", "estimator", "mean sigma", "KL (nats)")
 
@@ -63,3 +69,36 @@ class Summary:
             "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row.cells()) + "</tr>" for row in self.rows
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self.totals)}</p>"
+
+
+@torch.no_grad()
+def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]]) -> Summary:
+    """The table of all parameters of the network that `posteriors` are of.
+
+    Args:
+        posteriors: of the network.
+        decisions: what estimators do, by parameter, in each of the calls to report.
+    """
+    network, settings = posteriors.network, posteriors.settings
+    aliases: dict[str, list[str]] = {}
+    for name, first in alias_names(network).items():
+        if name != first:
+            aliases.setdefault(first, []).append(name)
+    rows = []
+    for name, slot in first_slots(network).items():
+        shape, names = tuple(slot.parameter.shape), (name, *aliases.get(name, ()))
+        if name in posteriors:
+            q, estimator = posteriors[name], _reported(name, settings.estimators[name], decisions)
+            rows.append(Row(names, shape, repr(q.prior), estimator, float(q.sigma.mean()), float(q.kl_divergence())))
+        else:
+            rows.append(Row(names, shape, "", settings.skipped.get(name, "not chosen")))
+    return Summary(type(network).__name__, rows)
+
+
+def _reported(name: str, estimator: str, decisions: Sequence[Mapping[str, Decision]]) -> str:
+    """What the estimator of a parameter did, and why it was not used where it wasn't."""
+    if estimator == "weights":
+        return estimator
+    found = [each[name] for each in decisions]
+    distinct = dict.fromkeys(f"{d.estimator} ({d.why})" if d.why else d.estimator for d in found)
+    return "; ".join(distinct) or f"{estimator}, from the first training call on"

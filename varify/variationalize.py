@@ -1,29 +1,29 @@
 """The one line: any network to a variational one."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from varify.estimators.rules import check_estimator
-from varify.inits import Init, as_init
-from varify.module import VariationalModule, bind
+from varify.estimators.rules import EstimatorLike, check_estimator
+from varify.inits import Init, InitLike, as_init
+from varify.module import VariationalModule
 from varify.network.checks import check_model
 from varify.network.copies import copy_network
-from varify.network.parameters import Site, sites
-from varify.network.selection import Where, by_glob, choose, padding_rows
+from varify.network.parameters import Slot, first_slots, slot_names
+from varify.network.selection import WhereLike, by_glob, choose, padding_rows
 from varify.network.tree import HALF
-from varify.priors import Gaussian, Prior
-from varify.priors.registry import as_prior
+from varify.posteriors import Settings, Trees, bind
+from varify.priors import Gaussian, Prior, PriorLike, as_prior
 
 
 def variationalize(
     model: nn.Module,
     *,
-    prior: Any = "gaussian",
-    where: Where = None,
-    init: Any = None,
-    estimator: Any = "weights",
+    prior: PriorLike | Mapping[str, PriorLike] = "gaussian",
+    where: WhereLike = None,
+    init: InitLike | Mapping[str, InitLike] = None,
+    estimator: EstimatorLike | Mapping[str, EstimatorLike] = "weights",
     strict: bool = False,
     batch_dim: int = 0,
     learn_mu: bool = True,
@@ -61,37 +61,37 @@ def variationalize(
     chosen, skipped = choose(model, where)
     chosen_priors = by_glob(prior, as_prior("gaussian"), chosen, as_prior)
     chosen_inits = by_glob(init, as_init(None), chosen, as_init)
-    chosen_estimators = by_glob(estimator, "weights", chosen, check_estimator)
-    bound = {name: bind(chosen_priors[name], site) for name, site in chosen.items()}
+    estimators = by_glob(estimator, "weights", chosen, check_estimator)
+    bound = {name: bind(chosen_priors[name], slot) for name, slot in chosen.items()}
     network = copy_network(model)
-    inside = sites(network)
-    fixed = padding_rows(model, chosen)
+    inside, padding = first_slots(network), padding_rows(model, chosen)
     rhos = {}
-    for name, site in chosen.items():
-        mu, rho = _start(chosen_inits[name], site, bound[name])
+    for name, slot in chosen.items():
         parameter = inside[name].parameter
-        parameter.data.copy_(mu)
-        del mu
-        if name in fixed:
-            kept = fixed[name].to(parameter.device) != 0
-            parameter.data[kept] = site.parameter.detach()[kept]
-        rhos[name] = nn.Parameter(rho, requires_grad=site.parameter.requires_grad and learn_rho)
+        rho = _start(chosen_inits[name], slot, bound[name], parameter)
+        if name in padding:
+            kept = padding[name].to(parameter.device) != 0
+            parameter.data[kept] = slot.parameter.detach()[kept]
+        rhos[name] = nn.Parameter(rho, requires_grad=slot.parameter.requires_grad and learn_rho)
         parameter.requires_grad_(parameter.requires_grad and learn_mu)
-    vnet = VariationalModule(network, rhos, bound, skipped, chosen_estimators, strict, batch_dim)
-    for name, mask in fixed.items():
-        vnet.fix(name, mask)
+    settings = Settings(list(chosen), slot_names(network), skipped, estimators, strict, batch_dim)
+    vnet = VariationalModule(network, Trees.of(rhos, bound), settings)
+    for name, mask in padding.items():
+        vnet.posteriors.set_mask(name, mask)
     return vnet
 
 
 @torch.no_grad()
-def _start(init: Init, site: Site, prior: Prior) -> tuple[Tensor, Tensor]:
-    w = site.parameter.detach()
+def _start(init: Init, slot: Slot, prior: Prior, parameter: nn.Parameter) -> Tensor:
+    """Start the mean, in `parameter`, from the weight in `slot`; returns rho."""
+    w = slot.parameter.detach()
     w = w.float() if w.dtype in HALF else w
     std = prior.weight_std()
     if std is None:
-        std = Gaussian().for_parameter(w, site.fan_in).weight_std()
+        std = Gaussian().for_parameter(w, slot.fan_in).weight_std()
     std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
     mu, rho = init(w, std.expand_as(w))
+    parameter.data.copy_(mu)
     rho = rho.contiguous()
     others = {t.untyped_storage().data_ptr() for t in (w, std, mu)}
-    return mu, rho.clone() if rho.untyped_storage().data_ptr() in others else rho
+    return rho.clone() if rho.untyped_storage().data_ptr() in others else rho

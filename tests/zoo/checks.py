@@ -143,7 +143,7 @@ def examine_with_estimators(record: Record, network: nn.Module, call: Call) -> N
         # bitwise in one of several tries: LayerDrop decides by random numbers, and kernels by where memory begins
         assert any(_graph_is_run(vnet, call, seed) for seed in range(4))
     with record.noting("what rules reach"):
-        (plan,) = vnet._slots().plans.values()
+        (plan,) = vnet.engine.plans.values()
         sizes = {name: q.mu.numel() for name, q in vnet.posteriors.items()}
         record.seen = sum(sizes[name] for name, decision in plan.decisions.items() if decision.uses)
         record.drawn = {name: decision.why for name, decision in plan.decisions.items() if not decision.uses}
@@ -199,7 +199,7 @@ def _gradients_of(network: nn.Module, module: nn.Module, call: Call) -> tuple[li
     module.zero_grad()
     seeding = module.register_forward_pre_hook(lambda *_: torch.manual_seed(5) and None)
     try:
-        with mock.patch("varify.graph.standins._noise", _of_its_own):
+        with mock.patch("varify.graph.standins.noise_of_use", _of_its_own):
             leaves, objective = run(network, call, 0)
             objective.backward()
     finally:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from varify.analysis.splitting import Splitter
+from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
 from varify.objective.arguments import unpack
 from varify.objective.elbo import Criterion, scalar
+from varify.within import outputs_of_draws
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,20 @@ def description_length(
             have an entry for each datum.
 
     Raises:
-        ValueError: an empty loader, n_samples < 1, a criterion without a scalar, a number of data that can't be told.
+        ArgumentError: an empty loader, n_samples < 1, a criterion without a scalar, an unknown number of data.
     """
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
-        raise ValueError(f"n_samples={n_samples!r}: a whole number of draws, at least 1, is needed")
+    n_samples = positive_int("n_samples", n_samples)
     nats, num_data = 0.0, 0
     splitter = Splitter(vnet, loader, criterion, batched)
     for inputs, targets in loader:
         args, kwargs = unpack(inputs, vnet)
         size = splitter.size(inputs, targets)
-        outputs = vnet.outputs_of_draws(args, kwargs, n_samples, vectorize=False).outputs
+        outputs = outputs_of_draws(vnet, args, kwargs, n_samples, vectorize=False).outputs
         losses = [scalar(criterion(output, targets)) for output in outputs]
         nats += size * float(torch.stack(losses).mean())
         num_data += size
     if not num_data:
-        raise ValueError("the loader is empty: there are no data to describe")
+        raise ArgumentError("the loader is empty: there are no data to describe")
     weights = {name: kl / math.log(2) for name, kl in _divergences(vnet).items()}
     return DescriptionLength(weights, nats / math.log(2), num_data)
 

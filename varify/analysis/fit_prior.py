@@ -41,8 +41,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
         new[name] = _with_std(name, posteriors[name], fitted[name])
-    for name, prior in new.items():  # not by set_prior, which looks through all names at every call
-        vnet.prior.put_leaf(name, prior)
+    vnet.posteriors.put_priors(new)
     return fitted
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
-from varify.analysis.splitting import Batch, Splitter
-from varify.errors import PriorError
+from varify.analysis.batch import Batch
+from varify.analysis.splitting import Splitter
+from varify.errors import ArgumentError, PriorError, one_of, positive_int, positive_number
 from varify.module import VariationalModule
 from varify.objective.elbo import Criterion, scalar
-from varify.prediction.sampling import vectorized, watched
+from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
 
 Weights = dict[str, Tensor]
@@ -52,14 +53,13 @@ def fit_sigma(
             several entries for each datum, one after another.
 
     Raises:
-        ValueError: an empty loader, more data than num_data, a criterion without a scalar, an unknown curvature; or it
-            can't be told which tensors are of single data.
+        ArgumentError: an empty loader, more data than num_data, a criterion without a scalar, an unknown curvature, or
+            tensors of which it is unknown whether they have an entry for each datum.
         PriorError: a prior has no variance.
     """
-    if curvature not in CURVATURES:
-        raise ValueError(f"curvature={curvature!r}: one of {', '.join(CURVATURES)} is needed")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: a number greater than 0 is needed")
+    num_data = positive_int("num_data", num_data)
+    temperature = positive_number("temperature", temperature)
+    one_of("curvature", curvature, CURVATURES)
     posteriors = dict(vnet.posteriors)
     prior_var = {name: _prior_std(name, q).square() for name, q in posteriors.items()}
     splitter = Splitter(vnet, loader, criterion, batched)
@@ -96,12 +96,12 @@ def _curvature(
             continue
         seen += batch.size
         if seen > num_data:
-            raise ValueError(f"num_data={num_data}, but the loader gave {seen} data already")
+            raise ArgumentError(f"num_data={num_data}, but the loader gave {seen} data already")
         for square in _over_data(of_one, means, batch):
             for name in total:
                 total[name] += square[name]
     if not seen:
-        raise ValueError("the loader is empty: there are no data to fit sigma to")
+        raise ArgumentError("the loader is empty: there are no data to fit sigma to")
     return total, seen
 
 
@@ -109,7 +109,7 @@ class _OfOne:
     """From weights and a batch of one, (args, kwargs, targets), to the squares by parameter."""
 
     def __init__(self, vnet: VariationalModule, criterion: Criterion, curvature: str) -> None:
-        self._function, self._criterion = vnet.function_of_weights(training=False), criterion
+        self._engine, self._criterion = vnet.engine, criterion
         self._fisher = curvature == "fisher"
         self._keeps: bool | None = None
 
@@ -145,7 +145,7 @@ class _OfOne:
 
     def _output(self, theta: Weights, one: Any) -> Any:
         args, kwargs, _ = one
-        return self._function(theta, *args, **kwargs)
+        return self._engine.call_with(theta, args, kwargs, training=False)
 
     def _loss(self, found: Any, one: Any) -> Tensor:
         return scalar(self._criterion(found, one[2]))
@@ -153,7 +153,7 @@ class _OfOne:
     def _roots(self, found: Any, one: Any) -> Tensor:
         """The columns of L, with H = L Lᵀ the Hessian of the loss, so that diag(Jᵀ H J) sums squares of Jᵀ L's rows."""
         if not isinstance(found, Tensor):
-            raise ValueError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
+            raise ArgumentError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
         second = jacrev(jacrev(lambda y: self._loss(y, one)))(found.detach())
         values, vectors = torch.linalg.eigh(second.reshape(found.numel(), found.numel()))
         roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from varify.errors import ArgumentError
 from varify.module import VariationalModule
 from varify.network.selection import matching
 from varify.network.sharding import refuse_sharded
@@ -39,15 +40,15 @@ def prune(
         The share of the weights that are pruned now, of the parameters that `where` matches.
 
     Raises:
-        ValueError: neither or both of fraction and threshold, or one that can't be.
+        ArgumentError: neither or both of fraction and threshold, or one that can't be.
         SelectionError: `where` matches nothing.
     """
     if (fraction is None) == (threshold is None):
-        raise ValueError("either fraction or threshold is needed, and not both")
+        raise ArgumentError("either fraction or threshold must be given, and not both")
     if fraction is not None and not 0 <= fraction <= 1:
-        raise ValueError(f"fraction={fraction}: it must lie within [0, 1]")
+        raise ArgumentError(f"fraction must lie within [0, 1], got {fraction}")
     if threshold is not None and not threshold >= 0:
-        raise ValueError(f"threshold={threshold}: a number of at least 0 is needed")
+        raise ArgumentError(f"threshold must be at least 0, got {threshold}")
     refuse_sharded(vnet, "varify.prune")
     posteriors = dict(vnet.posteriors)
     among = {name: posteriors[name] for name in matching(posteriors, where)}
@@ -60,7 +61,7 @@ def prune(
         mask = torch.zeros_like(lost, dtype=torch.int8) if fixed is None else fixed.clone()
         mask[lost] = PRUNED
         if lost.any():
-            vnet.fix(name, mask)
+            vnet.posteriors.set_mask(name, mask)
     return sum(int(lost.sum()) for lost in chosen.values()) / sum(lost.numel() for lost in chosen.values())
 
 

@@ -1,8 +1,7 @@
-"""How many data a batch has, and which of its tensors are cut when it is cut to single data."""
+"""Which tensors of a batch have an entry for each datum."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -10,47 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from varify.errors import listed
+from varify.analysis.batch import INPUTS, SAY, TARGETS, Batch, Flat, Leaves, spread
+from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
-from varify.objective.arguments import has_length, unpack
+from varify.objective.arguments import has_length
 from varify.objective.elbo import Criterion, scalar
 
-INPUTS, TARGETS = "inputs", "targets"
-SAY = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"
-Leaves = frozenset[int]
 # Of so many tensors of one length all combinations are tried: 63.
 MOST_TRIED = 6
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, flattened.
-
-    Attributes:
-        leaves: of (args, kwargs, targets).
-        spec: what makes these of leaves again.
-        entries: of each leaf, how many entries of its first dimension belong to one datum: 1, or the number of tokens
-            of flattened targets; 0 if the leaf belongs to all data together.
-        size: number of data.
-    """
-
-    leaves: list[Any]
-    spec: Any
-    entries: list[int]
-    size: int
-
-    def columns(self) -> list[Any]:
-        """The leaves, those that belong to single data as `(size, entries, ...)`."""
-        pairs = zip(self.leaves, self.entries, strict=True)
-        return [x if not n else x.unsqueeze(1) if n == 1 else x.unflatten(0, (self.size, n)) for x, n in pairs]
-
-    def datum(self, i: int) -> Any:
-        """(args, kwargs, targets) of a batch with datum `i` alone."""
-        return self.of([x[i] if n else x for x, n in zip(self.columns(), self.entries, strict=True)])
-
-    def of(self, leaves: Iterable[Any]) -> Any:
-        """(args, kwargs, targets) with other leaves."""
-        return pytree.tree_unflatten(list(leaves), self.spec)
 
 
 class Splitter:
@@ -77,9 +43,9 @@ class Splitter:
         """Number of data in a batch.
 
         Raises:
-            ValueError: it can't be told.
+            ArgumentError: it can't be told.
         """
-        flat = _Flat.of(self._vnet, inputs, targets)
+        flat = Flat.of(self._vnet, inputs, targets)
         if self._batched is None:
             lengths = {len(flat.leaves[i]) for i in flat.tensors(INPUTS)}
             if not lengths:
@@ -92,20 +58,20 @@ class Splitter:
         """The batch, with what of it belongs to single data.
 
         Raises:
-            ValueError: there is no tensor in the inputs or in the targets, their lengths don't fit, or it can't be told
+            ArgumentError: there is no tensor in the inputs or in the targets, their lengths don't fit, or it is unknown
                 which are cut.
         """
-        flat = _Flat.of(self._vnet, inputs, targets)
+        flat = Flat.of(self._vnet, inputs, targets)
         for part in (TARGETS, INPUTS):
             if not flat.tensors(part):
-                raise ValueError(f"the loader must give (inputs, targets) with a batch of {part}: a tensor at least")
+                raise ArgumentError(f"the loader must give (inputs, targets) with a batch of {part}: a tensor at least")
         chosen = self._inputs(flat)
         size = flat.size(chosen)
         if size < 2:  # cutting changes nothing, and shows nothing
             return Batch(flat.leaves, flat.spec, [0] * len(flat.leaves), size)
         return flat.batch(chosen | self._targets(flat, chosen))
 
-    def _inputs(self, flat: "_Flat") -> Leaves:
+    def _inputs(self, flat: Flat) -> Leaves:
         """The leaves of the inputs that belong to single data."""
         tensors, key = flat.tensors(INPUTS), (INPUTS, flat.key)
         if self._batched is not None:
@@ -121,7 +87,7 @@ class Splitter:
             self._found[key] = self._only(flat, fitting, guesses, frozenset())
         return self._found[key]
 
-    def _targets(self, flat: "_Flat", inputs: Leaves) -> Leaves:
+    def _targets(self, flat: Flat, inputs: Leaves) -> Leaves:
         """The leaves of the targets that belong to single data, `inputs` being those of the inputs."""
         size, tensors, key = flat.size(inputs), flat.tensors(TARGETS), (TARGETS, flat.key)
         if self._batched is not None:
@@ -136,14 +102,14 @@ class Splitter:
             self._found[key] = self._only(flat, fitting, whole, inputs)
         return self._found[key]
 
-    def _told(self, flat: "_Flat", part: str) -> Leaves:
-        flags = list(_spread(self._batched, flat.given))
+    def _told(self, flat: Flat, part: str) -> Leaves:
+        flags = list(spread(self._batched, flat.given))
         chosen = frozenset(i for i in flat.tensors(part) if flags[i])
         if not chosen:
-            raise ValueError(f"batched={self._batched!r} has True for no tensor of the {part}")
+            raise ArgumentError(f"batched={self._batched!r} has True for no tensor of the {part}")
         return chosen
 
-    def _only(self, flat: "_Flat", fitting: list[Leaves], guesses: list[Leaves], inputs: Leaves) -> Leaves:
+    def _only(self, flat: Flat, fitting: list[Leaves], guesses: list[Leaves], inputs: Leaves) -> Leaves:
         """The one guess that fits, by itself or by the lengths over the loader."""
         if len(fitting) != 1 and iter(self._loader) is not self._loader:
             fitting = self._varying(flat, fitting or guesses, inputs)
@@ -151,13 +117,13 @@ class Splitter:
             return fitting[0]
         told = listed((f"{flat.names[i]} {tuple(x.shape)}" for i, x in enumerate(flat.leaves) if has_length(x)), 9)
         example = pytree.tree_map(has_length, flat.given)
-        raise ValueError(f"it can't be told which of {told} have an entry for each datum; {SAY}, such as {example}")
+        raise ArgumentError(f"it can't be told which of {told} have an entry for each datum; {SAY}, such as {example}")
 
-    def _varying(self, flat: "_Flat", guesses: list[Leaves], inputs: Leaves) -> list[Leaves]:
+    def _varying(self, flat: Flat, guesses: list[Leaves], inputs: Leaves) -> list[Leaves]:
         """Of the guesses, those whose lengths vary together over the loader, with the lengths of `inputs`."""
         lengths = []
         for batch in self._loader:
-            other = _Flat.of(self._vnet, *batch)
+            other = Flat.of(self._vnet, *batch)
             if other.key != flat.key:
                 return []
             lengths.append([len(x) if has_length(x) else 0 for x in other.leaves])
@@ -168,7 +134,7 @@ class Splitter:
         ]
         return [g for g, same in zip(guesses, alike, strict=True) if same == g and len(set(columns[min(g)])) > 1]
 
-    def _follows(self, flat: "_Flat", guess: Leaves) -> bool:
+    def _follows(self, flat: Flat, guess: Leaves) -> bool:
         """Whether the output for a datum is the same alone as within its batch."""
         size = flat.size(guess)
         whole = self._output(flat, flat.leaves)
@@ -181,7 +147,7 @@ class Splitter:
                 return False
         return True
 
-    def _adds_up(self, flat: "_Flat", guess: Leaves) -> bool:
+    def _adds_up(self, flat: Flat, guess: Leaves) -> bool:
         """Whether the batch's loss is the mean of the data's."""
         batch = flat.batch(guess)
         whole = self._loss(batch.of(flat.leaves))
@@ -191,7 +157,7 @@ class Splitter:
         except Exception:  # as above
             return False
 
-    def _output(self, flat: "_Flat", leaves: Sequence[Any]) -> list[Tensor]:
+    def _output(self, flat: Flat, leaves: Sequence[Any]) -> list[Tensor]:
         args, kwargs, _ = pytree.tree_unflatten(list(leaves), flat.spec)
         return [x for x in pytree.tree_leaves(self._run(args, kwargs)) if has_length(x)]
 
@@ -208,82 +174,11 @@ class Splitter:
             return self._network(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """A batch, flattened to the leaves of (args, kwargs, targets), of which `n_inputs` are of the inputs."""
-
-    leaves: list[Any]
-    spec: Any
-    n_inputs: int
-    given: Any  # (inputs, targets)
-
-    @classmethod
-    def of(cls, network: nn.Module, inputs: Any, targets: Any) -> "_Flat":
-        args, kwargs = unpack(inputs, network)
-        leaves, spec = pytree.tree_flatten((args, kwargs, _plain(targets)))
-        return cls(leaves, spec, len(pytree.tree_leaves((args, kwargs))), (_plain(inputs), _plain(targets)))
-
-    @property
-    def key(self) -> Any:
-        """Batches that have it in common are made alike."""
-        return repr(self.spec), tuple(has_length(x) for x in self.leaves)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the leaves, as `inputs[0]`."""
-        paths, _ = pytree.tree_flatten_with_path(self.given)
-        parts = [INPUTS] * self.n_inputs + [TARGETS] * (len(self.leaves) - self.n_inputs)
-        return [part + pytree.keystr(path[1:]) for part, (path, _) in zip(parts, paths, strict=True)]
-
-    def tensors(self, part: str) -> list[int]:
-        """Indices of the tensors that have a length."""
-        return [i for i, x in enumerate(self.leaves) if has_length(x) and (i < self.n_inputs) == (part == INPUTS)]
-
-    def size(self, chosen: Leaves) -> int:
-        """The length that the tensors of the inputs among `chosen` have."""
-        lengths = {i: len(self.leaves[i]) for i in sorted(chosen) if i < self.n_inputs}
-        if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{self.names[i]} {tuple(self.leaves[i].shape)}" for i in lengths)
-            raise ValueError(f"{told} should each have an entry for each datum, but their lengths differ; {SAY}")
-        return next(iter(lengths.values()))
-
-    def batch(self, chosen: Leaves) -> Batch:
-        """With `chosen` cut into as many data as the inputs have."""
-        size = self.size(chosen)
-        for i in sorted(chosen):
-            if not len(self.leaves[i]) or len(self.leaves[i]) % size:
-                told = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
-                raise ValueError(f"{told} can't be cut into {size} data, as many as there are in the inputs; {SAY}")
-        entries = [len(x) // size if i in chosen else 0 for i, x in enumerate(self.leaves)]
-        return Batch(self.leaves, self.spec, entries, size)
-
-
-def _plain(tree: Any) -> Any:
-    """A mapping of another kind as a dict, which can be flattened."""
-    return dict(tree) if isinstance(tree, Mapping) else tree
-
-
 def _subsets(indices: list[int]) -> list[Leaves]:
     """All but the empty one; of many indices, all together and all but one."""
     n = len(indices)
     sizes = range(n, 0, -1) if n <= MOST_TRIED else (n, n - 1)
     return [frozenset(s) for s in chain.from_iterable(combinations(indices, size) for size in sizes)]
-
-
-def _spread(batched: Any, tree: Any) -> Iterator[bool]:
-    """A boolean for each leaf of `tree`, from a tree of them that may stop early."""
-    tree = _plain(tree)
-    if isinstance(batched, bool):
-        yield from [batched] * len(pytree.tree_leaves(tree))
-    elif isinstance(batched, Mapping) and isinstance(tree, dict) and set(batched) == set(tree):
-        for key, part in tree.items():
-            yield from _spread(batched[key], part)
-    elif isinstance(batched, (tuple, list)) and isinstance(tree, (tuple, list)) and len(batched) == len(tree):
-        for flag, part in zip(batched, tree, strict=True):
-            yield from _spread(flag, part)
-    else:
-        what = f"{type(tree).__name__} of {len(tree)}" if isinstance(tree, (dict, tuple, list)) else type(tree).__name__
-        raise ValueError(f"batched has {batched!r} for a {what}; {SAY}")
 
 
 def _is_part(part: list[Tensor], whole: list[Tensor], index: list[int], size: int) -> bool:

@@ -24,6 +24,8 @@ from varify.errors import EstimatorError
 from varify.weights.moments import Examples, Moments
 
 NAMES = ("weights", "local", "flipout", "auto")
+# What `variationalize` takes for an estimator: one of these names, or that of a custom rule.
+EstimatorLike = str
 LINEAR = (F.linear,)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -134,5 +136,5 @@ def check_estimator(estimator: Any) -> str:
     """
     known = {*NAMES, *(name for name, _ in _RULES)}
     if not isinstance(estimator, str) or estimator not in known:
-        raise EstimatorError(f"estimator={estimator!r}: one of {', '.join(sorted(known))} is needed")
+        raise EstimatorError(f"estimator must be one of {', '.join(map(repr, sorted(known)))}, got {estimator!r}")
     return estimator

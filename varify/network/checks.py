@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from varify.errors import ModelError, listed
+from varify.network.parameters import is_variational
 
 
 def check_model(model: Any) -> None:
@@ -18,8 +19,8 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         hint = f": pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
-        raise ModelError(f"an nn.Module is needed, not {model if isinstance(model, type) else name}{hint}")
-    if hasattr(type(model), "state_of_a_copy"):
+        raise ModelError(f"model must be an nn.Module, got {model if isinstance(model, type) else name}{hint}")
+    if is_variational(model):
         raise ModelError("the model is variational already; convert its .module, or .mean_model(), to start over")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ModelError(f"{name} is compiled TorchScript; convert the Python module that it was made from")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 
-class Site(NamedTuple):
+class Slot(NamedTuple):
     """Where a parameter lives: `owner._parameters[attr]`, called `name` from the network's root."""
 
     name: str
@@ -28,37 +28,42 @@ class Site(NamedTuple):
         return 1 if weight is None else weight[0].numel() if len(weight) else 1
 
 
-def _matrix_beside(site: Site) -> nn.Parameter | None:
-    """The tensor of two or more dimensions that `site` belongs to: `weight_ih_l0` for `bias_ih_l0`, else the first."""
-    own = site.owner._parameters
-    parametrized = getattr(site.owner, "parametrizations", None)
+def _matrix_beside(slot: Slot) -> nn.Parameter | None:
+    """The tensor of two or more dimensions that `slot` belongs to: `weight_ih_l0` for `bias_ih_l0`, else the first."""
+    own = slot.owner._parameters
+    parametrized = getattr(slot.owner, "parametrizations", None)
     inner = list(parametrized.parameters()) if isinstance(parametrized, nn.ModuleDict) else []
-    beside = [own.get(site.attr.replace("bias", "weight")), *own.values(), *inner]
+    beside = [own.get(slot.attr.replace("bias", "weight")), *own.values(), *inner]
     return next((p for p in beside if p is not None and p.dim() >= 2), None)
 
 
-def sites(network: nn.Module) -> dict[str, Site]:
+def first_slots(network: nn.Module) -> dict[str, Slot]:
     """Every distinct parameter under its first name."""
-    found: dict[int, Site] = {}
+    found: dict[int, Slot] = {}
     for path, module in network.named_modules():
         for attr, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), Site(f"{path}.{attr}" if path else attr, module, attr))
-    return {site.name: site for site in found.values()}
+                found.setdefault(id(parameter), Slot(f"{path}.{attr}" if path else attr, module, attr))
+    return {slot.name: slot for slot in found.values()}
 
 
-def aliases(network: nn.Module) -> dict[str, str]:
+def alias_names(network: nn.Module) -> dict[str, str]:
     """First name of the parameter by each name it has, its first one too."""
-    first = {id(site.parameter): name for name, site in sites(network).items()}
+    first = {id(slot.parameter): name for name, slot in first_slots(network).items()}
     return {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
 
 
-def places(network: nn.Module) -> dict[str, str]:
+def slot_names(network: nn.Module) -> dict[str, str]:
     """First name of the parameter at each place that holds one: a shared module is one place, a tied weight two."""
-    first = {id(site.parameter): name for name, site in sites(network).items()}
+    first = {id(slot.parameter): name for name, slot in first_slots(network).items()}
     return {
         f"{path}.{attr}" if path else attr: first[id(parameter)]
         for path, module in network.named_modules()
         for attr, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def is_variational(module: nn.Module) -> bool:
+    """Whether it is a `VariationalModule`, which stands above this and so is known by what it has."""
+    return hasattr(type(module), "state_of_a_view")

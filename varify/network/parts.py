@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varify.network.parameters import is_variational
 from varify.network.replacing import PLAIN, Replacing, beneath
 
 Theta = Mapping[str, Any]
@@ -43,7 +44,7 @@ class Part:
         self._ids = [id(p) for p in live._parameters.values()]
         self._children = list(live._modules.items())
         self._hooks = _hooks(live)
-        self._apart = _state_of_a_copy(live)
+        self._apart = _transient(live)
         self.varying = [attr for attr, reached in leads.items() if not reached.isdisjoint(names)]
         self._record()
         self._seen.update(self._own)
@@ -51,7 +52,6 @@ class Part:
         self._seen.update({attr: copies(self._own[attr]) for attr in leads if attr not in self.varying})
         self._seen["_parameters"] = dict(live._parameters)
         self._seen["_modules"] = {key: copies(child) for key, child in live._modules.items()}
-        self._seen.update(self._apart)
         self._remember()
 
     def _record(self) -> None:
@@ -174,7 +174,7 @@ def leads_of(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for attr, value in vars(module).items():
-            if attr in _TABLES or isinstance(value, (*PLAIN, Tensor)) or attr in _state_of_a_copy(module):
+            if attr in _TABLES or isinstance(value, (*PLAIN, Tensor)) or attr in _transient(module):
                 continue
             reached = [thing for thing in beneath(value) if isinstance(thing, (nn.Module, nn.Parameter))]
             if reached:
@@ -202,7 +202,7 @@ def that_reach(names: set[int], leads: Mapping[nn.Module, Mapping[str, frozenset
 
 def _is_around(module: nn.Module, network: nn.Module) -> bool:
     """Whether it is the variational module of this network: who calls that calls it anew, with weights of its own."""
-    return hasattr(type(module), "state_of_a_copy") and any(part is network for part in module._modules.values())
+    return is_variational(module) and any(part is network for part in module._modules.values())
 
 
 def can_be_copied(module: nn.Module) -> bool:
@@ -216,9 +216,9 @@ def shell_of(module: nn.Module) -> nn.Module:
     return shell
 
 
-def _state_of_a_copy(module: nn.Module) -> Mapping[str, Any]:
-    """Attributes that a copy of this module is to have of its own, as a variational module has."""
-    return module.state_of_a_copy() if hasattr(type(module), "state_of_a_copy") else {}  # type: ignore[operator]
+def _transient(module: nn.Module) -> tuple[str, ...]:
+    """Attributes that a view of this module has of its own, as of a variational module."""
+    return module.transient if is_variational(module) else ()  # type: ignore[return-value]
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from varify.errors import SelectionError, listed
-from varify.network.parameters import Site, sites
+from varify.network.parameters import Slot, first_slots, is_variational
 
-Where = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
+# What `variationalize` takes for `where`: a glob on names, several, a predicate (name, parameter, owner), or None.
+WhereLike = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
 T = TypeVar("T")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # "Norm" as a word of a name in CamelCase or snake_case, or the end of a word such as "Layernorm": not "Abnormality".
@@ -62,23 +63,23 @@ def _meant(glob: Any, names: Iterable[str]) -> str:
     return f"; for the layer, write {glob + '.*'!r}" if any(n.startswith(f"{glob}.") for n in names) else ""
 
 
-def choose(network: nn.Module, where: Where) -> tuple[dict[str, Site], dict[str, str]]:
-    """The sites to make variational and, for all others, why not.
+def choose(network: nn.Module, where: WhereLike) -> tuple[dict[str, Slot], dict[str, str]]:
+    """The slots to make variational and, for all others, why not.
 
     Raises:
         SelectionError: nothing is chosen.
     """
-    chosen: dict[str, Site] = {}
+    chosen: dict[str, Slot] = {}
     skipped: dict[str, str] = {}
-    everything = sites(network)
+    everything = first_slots(network)
     _check_where(where, everything)
-    inside = {id(p) for m in network.modules() if hasattr(type(m), "state_of_a_copy") for p in m.parameters()}
-    for name, site in everything.items():
-        why_not = "variational already" if id(site.parameter) in inside else _impossible(site)
+    inside = {id(p) for m in network.modules() if is_variational(m) for p in m.parameters()}
+    for name, slot in everything.items():
+        why_not = "variational already" if id(slot.parameter) in inside else _impossible(slot)
         if why_not is None:
-            why_not = _default_exclusion(site) if where is None else _not_asked_for(site, where)
+            why_not = _default_exclusion(slot) if where is None else _not_asked_for(slot, where)
         if why_not is None:
-            chosen[name] = site
+            chosen[name] = slot
         else:
             skipped[name] = why_not
     if not chosen:
@@ -90,13 +91,13 @@ def _check_where(where: Any, names: Iterable[str]) -> None:
     if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, nn.Module)):
         return
     if not isinstance(where, (list, tuple, set)) or not all(isinstance(glob, str) for glob in where):
-        needed = "a glob on parameter names, several, or a predicate (name, parameter, owner_module) is needed"
-        raise SelectionError(f"where={where!r}: {needed}")
+        needed = "a glob on parameter names, several, or a predicate (name, parameter, owner_module)"
+        raise SelectionError(f"where must be {needed}, got {where!r}")
     if where:
         matching(names, list(where))
 
 
-def padding_rows(network: nn.Module, chosen: Mapping[str, Site]) -> dict[str, torch.Tensor]:
+def padding_rows(network: nn.Module, chosen: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
     """Masks, 1 at the padding row, of the embeddings that have one: it stands for no input and gets no gradient.
 
     Not of those that are tied to a layer of another kind, to which the row is one as any other.
@@ -106,11 +107,11 @@ def padding_rows(network: nn.Module, chosen: Mapping[str, Site]) -> dict[str, to
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(module)
     masks = {}
-    for name, site in chosen.items():
-        rows = {_padding_row(owner) for owner in owners[id(site.parameter)]}
+    for name, slot in chosen.items():
+        rows = {_padding_row(owner) for owner in owners[id(slot.parameter)]}
         row = rows.pop()
         if row is not None and not rows:
-            masks[name] = torch.zeros(site.parameter.shape, dtype=torch.int8)
+            masks[name] = torch.zeros(slot.parameter.shape, dtype=torch.int8)
             masks[name][row] = 1
     return masks
 
@@ -119,11 +120,11 @@ def _padding_row(module: nn.Module) -> int | None:
     return module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
 
 
-def _impossible(site: Site) -> str | None:
-    parameter = site.parameter
-    if isinstance(site.owner, torch.jit.ScriptModule):
+def _impossible(slot: Slot) -> str | None:
+    parameter = slot.parameter
+    if isinstance(slot.owner, torch.jit.ScriptModule):
         return "TorchScript"
-    if getattr(site.owner, "sparse", False) is True:
+    if getattr(slot.owner, "sparse", False) is True:
         return "sparse gradients"
     if parameter.is_meta:
         return "on the meta device"
@@ -138,19 +139,19 @@ def _impossible(site: Site) -> str | None:
     return None
 
 
-def _default_exclusion(site: Site) -> str | None:
-    if not site.parameter.requires_grad:
+def _default_exclusion(slot: Slot) -> str | None:
+    if not slot.parameter.requires_grad:
         return "frozen"
-    return "normalisation layer" if _scales_or_shifts(site) else None
+    return "normalisation layer" if _scales_or_shifts(slot) else None
 
 
-def _scales_or_shifts(site: Site) -> bool:
+def _scales_or_shifts(slot: Slot) -> bool:
     """Whether a normalization layer scales or shifts by this parameter."""
     # torch's own may do so over several dimensions, as LayerNorm([C, H, W]) does
-    if isinstance(site.owner, _NORMS) and site.attr in ("weight", "bias"):
+    if isinstance(slot.owner, _NORMS) and slot.attr in ("weight", "bias"):
         return True
     # what is known by its name alone may be a layer that normalizes and does more, with matrices of its own
-    return site.parameter.dim() < 2 and is_normalisation(site.owner)
+    return slot.parameter.dim() < 2 and is_normalisation(slot.owner)
 
 
 def is_normalisation(module: nn.Module) -> bool:
@@ -158,12 +159,12 @@ def is_normalisation(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or _NORM_WORD.search(type(module).__name__) is not None
 
 
-def _not_asked_for(site: Site, where: Any) -> str | None:
-    asked_for = where(site.name, site.parameter, site.owner) if callable(where) else matches(site.name, where)
+def _not_asked_for(slot: Slot, where: Any) -> str | None:
+    asked_for = where(slot.name, slot.parameter, slot.owner) if callable(where) else matches(slot.name, where)
     return None if asked_for else "not chosen"
 
 
-def _nothing_chosen(where: Where, skipped: dict[str, str]) -> str:
+def _nothing_chosen(where: WhereLike, skipped: dict[str, str]) -> str:
     if not skipped:
         return "the model has no parameters, so there is nothing to make variational"
     told = listed(f"{name} ({why})" for name, why in skipped.items())

@@ -1,4 +1,4 @@
-"""What kind of call it is, and of a network's hooks."""
+"""The signature of a call, and whether a network has hooks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
-def kind_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def call_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """Hashable: of each argument whether it is a tensor, of how many dimensions, of what layout; not its values."""
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     return tuple(sorted(kwargs)), tuple(

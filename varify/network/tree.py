@@ -31,6 +31,16 @@ class Tree(nn.Module):
                 table.pop(head, None)
         right[head] = leaf
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever put in."""
+        return not any(_tables(self))
+
+    def clear(self) -> None:
+        """Take all leaves out."""
+        for table in _tables(self):
+            table.clear()
+
     def leaf_at(self, name: str) -> Any:
         """The leaf at `name`, or None."""
         table, last = self.place_of(name)

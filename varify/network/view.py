@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from varify.errors import at_users_line
-from varify.network.parameters import Site
+from varify.network.parameters import Slot
 from varify.network.parts import Part, Stale, Theta, can_be_copied, leads_of, shell_of, that_reach
 from varify.network.replacing import Replacing, beneath, contents_of, fill
 
@@ -35,12 +35,12 @@ class Views:
 
     Args:
         network: the live one.
-        sites: of the parameters that a call may replace, by name.
+        slots: of the parameters that a call may replace, by name.
         whole: see `View`.
     """
 
-    def __init__(self, network: nn.Module, sites: Mapping[str, Site], *, whole: bool) -> None:
-        self.network, self._sites, self._whole = network, sites, whole
+    def __init__(self, network: nn.Module, slots: Mapping[str, Slot], *, whole: bool) -> None:
+        self.network, self._sites, self._whole = network, slots, whole
         self._free: list[View] = []
 
     def run(
@@ -77,7 +77,7 @@ class Views:
             try:
                 view, is_new = self._free.pop(), False  # in one step, so that no two threads have the same
             except IndexError:
-                names = {id(site.parameter): name for name, site in self._sites.items()}
+                names = {id(slot.parameter): name for name, slot in self._sites.items()}
                 view, is_new = View(self.network, names, self._whole), True
             try:
                 view.enter(theta, training, buffers)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from varify.errors import ArgumentError
 from varify.module import VariationalModule
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -20,7 +21,7 @@ def unpack(inputs: Any, network: nn.Module) -> Arguments:
     `default_collate` makes them, if `network` needs more than one; if it takes one only, the list is that.
 
     Raises:
-        ValueError: a list for a network that needs one argument and takes more: it may be either.
+        ArgumentError: a list for a network that needs one argument and takes more: it may be either.
     """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
@@ -46,7 +47,7 @@ def _takes_each(network: nn.Module, n: int) -> bool:
     if least > 1 or most == 1 or n > most:
         return least > 1
     told = ", ".join(map(str, parameters))
-    raise ValueError(
+    raise ArgumentError(
         f"the inputs are a list of {n}, which for {type(network).__name__}.forward({told}) may be its first argument "
         "or all of them: give a tuple, (a, b) for two arguments or ([a, b],) for one"
     )

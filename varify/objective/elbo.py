@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varify.module import VariationalModule, prior_loss, variational_parts
+from varify.errors import ArgumentError, one_of, positive_int
+from varify.module import VariationalModule
 from varify.objective.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
+from varify.within import prior_loss, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
@@ -46,18 +48,15 @@ class ELBO:
         step: training steps counted so far, for a schedule; set it after a resumed training.
 
     Raises:
-        ValueError: num_data < 1, n_samples < 1, a negative beta or an unknown bound.
+        ArgumentError: num_data < 1, n_samples < 1, a negative beta or an unknown bound.
     """
 
     def __init__(self, *, num_data: int, n_samples: int = 1, beta: float | Schedule = 1.0, bound: str = "elbo") -> None:
-        for name, value in (("num_data", num_data), ("n_samples", n_samples)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: a whole number, at least 1, is needed")
         if not callable(beta) and not 0 <= beta < math.inf:
-            raise ValueError(f"beta={beta!r}: a number of at least 0, or a function of the step, is needed")
-        if bound not in BOUNDS:
-            raise ValueError(f"bound={bound!r}: one of {', '.join(BOUNDS)} is needed")
-        self.num_data, self.n_samples, self.bound = num_data, n_samples, bound
+            raise ArgumentError(f"beta must be a number of at least 0, or a function of the step, got {beta!r}")
+        one_of("bound", bound, BOUNDS)
+        self.num_data, self.n_samples = positive_int("num_data", num_data), positive_int("n_samples", n_samples)
+        self.bound = bound
         self.step = 0
         self._beta = beta
 
@@ -77,13 +76,13 @@ class ELBO:
             targets: handed to the criterion.
 
         Raises:
-            ValueError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
+            ArgumentError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
                 that may be one argument or several.
         """
         args, kwargs = unpack(inputs, vnet)
         batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
-            raise ValueError(
+            raise ArgumentError(
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
             )
         beta = self.beta
@@ -100,14 +99,14 @@ class ELBO:
         self, vnet: nn.Module, criterion: Criterion, args: Any, kwargs: Any, targets: Any, beta: float
     ) -> Terms:
         if not isinstance(vnet, VariationalModule):
-            raise ValueError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
+            raise ArgumentError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
         parts, nlls, log_ratios = variational_parts(vnet), [], []
         for _ in range(self.n_samples):
             drawn = [(part, {name: q.noise() for name, q in part.posteriors.items()}) for part in parts]
             with ExitStack() as stack:
                 stack.enter_context(vnet.sampling())
                 for part, noise in drawn:
-                    stack.enter_context(part.own_noise(noise))
+                    stack.enter_context(part.drawing.fixed(noise))
                 nlls.append(scalar(criterion(vnet(*args, **kwargs), targets)))
             ratios = [q.log_ratio(noise[name]) for part, noise in drawn for name, q in part.posteriors.items()]
             log_ratios.append(torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).sum())
@@ -120,11 +119,11 @@ def scalar(loss: Any) -> Tensor:
     """The criterion's value, checked.
 
     Raises:
-        ValueError: it is no scalar tensor.
+        ArgumentError: it is no scalar tensor.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"the criterion returned {what}; a scalar is needed, the mean over the batch")
+        raise ArgumentError(f"the criterion must return a scalar, the mean over the batch, got {what}")
     return loss.reshape(())
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varify.errors import ArgumentError, positive_number
 from varify.weights.posterior import softplus_inverse
 
 
@@ -19,9 +20,7 @@ class GaussianLikelihood(nn.Module):
 
     def __init__(self, sigma: float = 1.0, learn: bool = True) -> None:
         super().__init__()
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma={sigma}: a number greater than 0 is needed")
-        self.rho = nn.Parameter(softplus_inverse(torch.tensor(float(sigma))), requires_grad=learn)
+        self.rho = nn.Parameter(softplus_inverse(torch.tensor(positive_number("sigma", sigma))), requires_grad=learn)
 
     @property
     def sigma(self) -> Tensor:
@@ -36,11 +35,11 @@ class GaussianLikelihood(nn.Module):
         """Negative log likelihood per datum, nats, `()`: summed over a datum's targets, averaged over dimension 0.
 
         Raises:
-            ValueError: the shapes differ (broadcasting here would compare every output with every target).
+            ArgumentError: the shapes differ (broadcasting here would compare every output with every target).
         """
         mean, var = self.moments(output)
         if mean.shape != target.shape:
-            raise ValueError(f"the mean has shape {tuple(mean.shape)}, the target {tuple(target.shape)}")
+            raise ArgumentError(f"the mean has shape {tuple(mean.shape)}, the target {tuple(target.shape)}")
         nll = 0.5 * ((target - mean).square() / var + var.log() + math.log(2 * math.pi))
         return nll.sum() / len(target) if target.dim() else nll
 
@@ -56,13 +55,13 @@ class HeteroscedasticGaussianLikelihood(GaussianLikelihood):
 
     def __init__(self, floor: float = 1e-3) -> None:
         super().__init__(learn=False)
-        if not 0 < floor < math.inf:
-            raise ValueError(f"floor={floor}: a number greater than 0 is needed")
         del self.rho
-        self.floor = floor
+        self.floor = positive_number("floor", floor)
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         if output.shape[-1] % 2:
-            raise ValueError(f"the head has {output.shape[-1]} outputs; a mean and a rho for each target make it even")
+            raise ArgumentError(
+                f"the head has {output.shape[-1]} outputs; a mean and a rho for each target make it even"
+            )
         mean, rho = output.chunk(2, -1)
         return mean, (self.floor + F.softplus(rho)).square()

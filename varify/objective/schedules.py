@@ -8,12 +8,14 @@ has a mean of 1 here.
 import math
 from collections.abc import Callable
 
+from varify.errors import ArgumentError, positive_int
+
 Schedule = Callable[[int], float]
 
 
 def uniform(num_batches: int) -> Schedule:
     """Each of an epoch's batches carries 1/M of the KL, which is beta = 1 (Graves 2011)."""
-    _at_least_one("num_batches", num_batches)
+    positive_int("num_batches", num_batches)
     return lambda step: 1.0
 
 
@@ -22,7 +24,7 @@ def blundell(num_batches: int) -> Schedule:
 
     beta is M times that; over an epoch its mean is 1.
     """
-    _at_least_one("num_batches", num_batches)
+    positive_int("num_batches", num_batches)
 
     def beta(step: int) -> float:
         i = step % num_batches + 1
@@ -34,7 +36,7 @@ def blundell(num_batches: int) -> Schedule:
 
 def warm_up(steps: int, end: float = 1.0) -> Schedule:
     """From 0 to `end` on a line, then constant (Sønderby et al. 2016, arXiv:1602.02282)."""
-    _at_least_one("steps", steps)
+    positive_int("steps", steps)
     return lambda step: end * min(step / steps, 1.0)
 
 
@@ -46,12 +48,7 @@ def cyclical(period: int, rising: float = 0.5, end: float = 1.0) -> Schedule:
         rising: share of it, within (0, 1].
         end: the value that is reached.
     """
-    _at_least_one("period", period)
+    positive_int("period", period)
     if not 0 < rising <= 1:
-        raise ValueError(f"rising={rising}: it must lie within (0, 1]")
+        raise ArgumentError(f"rising must lie within (0, 1], got {rising}")
     return lambda step: end * min((step % period) / (rising * period), 1.0)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: a whole number, at least 1, is needed")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varify.errors import ArgumentError, one_of
+
 
 class Likelihood(Protocol):
     """What a prediction asks of a regression's likelihood; those of `varify.likelihoods` have it."""
@@ -57,8 +59,7 @@ class Prediction:
     vectorized: bool = False
 
     def __post_init__(self) -> None:
-        if self.outputs not in OUTPUTS:
-            raise ValueError(f"outputs={self.outputs!r}: one of {', '.join(OUTPUTS)} is needed")
+        one_of("outputs", self.outputs, OUTPUTS)
 
     def __repr__(self) -> str:
         return (
@@ -90,12 +91,12 @@ class Prediction:
         """Quantile(s) over the draws, `(*batch, ...)`, with a leading dimension if `q` is a vector.
 
         Raises:
-            ValueError: q outside [0, 1].
+            ArgumentError: q outside [0, 1].
         """
         samples = self._precise
         wanted = torch.as_tensor(q, dtype=samples.dtype, device=samples.device)
         if not ((wanted >= 0) & (wanted <= 1)).all():
-            raise ValueError(f"q={q}: quantiles lie within [0, 1]")
+            raise ArgumentError(f"q must lie within [0, 1], got {q}")
         # torch.quantile refuses large tensors; sorting draws and interpolating does the same for any size
         ordered = samples.sort(0).values
         position = wanted * (self.n_samples - 1)
@@ -113,10 +114,10 @@ class Prediction:
                 mixture of the draws' Gaussians); without, for the network's output.
 
         Raises:
-            ValueError: level outside (0, 1).
+            ArgumentError: level outside (0, 1).
         """
         if not 0 < level < 1:
-            raise ValueError(f"level={level}: it must lie within (0, 1)")
+            raise ArgumentError(f"level must lie within (0, 1), got {level}")
         ends = ((1 - level) / 2, (1 + level) / 2)
         if likelihood is None:
             low, high = self.quantile(torch.tensor(ends, dtype=torch.float64))
@@ -128,11 +129,11 @@ class Prediction:
         """Share of the targets, `(*batch, ...)`, that lie within `interval(level, likelihood)`, `()`.
 
         Raises:
-            ValueError: level outside (0, 1), or targets of another shape.
+            ArgumentError: level outside (0, 1), or targets of another shape.
         """
         low, high = self.interval(level, likelihood)
         if targets.shape != low.shape:
-            raise ValueError(f"the targets have shape {tuple(targets.shape)}, the prediction {tuple(low.shape)}")
+            raise ArgumentError(f"the targets have shape {tuple(targets.shape)}, the prediction {tuple(low.shape)}")
         return ((targets >= low) & (targets <= high)).to(low.dtype).mean()
 
     def variances(self, likelihood: Likelihood) -> Variances:
@@ -164,7 +165,7 @@ class Prediction:
             self.samples.dim() < 2
             or self.samples.shape[self.class_dim if self.class_dim < 0 else self.class_dim + 1] < 2
         ):
-            raise ValueError(
+            raise ArgumentError(
                 f"outputs of shape {tuple(self.samples.shape[1:])} have no two classes in dimension {self.class_dim}; "
                 "for one logit of two classes say outputs='binary_logits'"
             )
@@ -200,17 +201,16 @@ class Prediction:
             summed: over all inputs: `(classes, classes)`.
 
         Raises:
-            ValueError: unknown normalization, or outputs that are no logits for "normalized".
+            ArgumentError: unknown normalization, or outputs that are no logits for "normalized".
         """
-        if normalization not in ("softmax", "normalized"):
-            raise ValueError(f"normalization={normalization!r}: 'softmax' or 'normalized' is needed")
+        one_of("normalization", normalization, ("softmax", "normalized"))
         if normalization == "softmax":
             p = self._probability_samples()
         elif self.outputs == "logits":
             p = F.softplus(self._precise.movedim(self._class_dim(), -1))
             p = p / p.sum(-1, keepdim=True)
         else:
-            raise ValueError(f"normalization='normalized' is for logits; the outputs are {self.outputs}")
+            raise ArgumentError(f"normalization='normalized' is for logits; the outputs are {self.outputs}")
         away = p - p.mean(0)
         epistemic = torch.einsum("s...i,s...j->...ij", away, away) / self.n_samples
         aleatoric = p.mean(0).diag_embed() - torch.einsum("s...i,s...j->...ij", p, p) / self.n_samples

@@ -4,7 +4,17 @@ from varify.priors.conjugate import Conjugate, ConjugateKnownMean
 from varify.priors.distribution import Factorised
 from varify.priors.gaussian import Gaussian
 from varify.priors.mixture import ScaleMixture
-from varify.priors.registry import as_prior, register
+from varify.priors.registry import PriorLike, as_prior, register
 from varify.weights.prior import Prior
 
-__all__ = ["Conjugate", "ConjugateKnownMean", "Factorised", "Gaussian", "Prior", "ScaleMixture", "as_prior", "register"]
+__all__ = [
+    "Conjugate",
+    "ConjugateKnownMean",
+    "Factorised",
+    "Gaussian",
+    "Prior",
+    "PriorLike",
+    "ScaleMixture",
+    "as_prior",
+    "register",
+]

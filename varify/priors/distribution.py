@@ -62,7 +62,7 @@ class Factorised(Prior):
         description = settings["distribution"]
         batch_shape = _described_shape("distribution", description)
         if _small(description).event_shape:
-            raise PriorError(f"{description['class']} is of vectors; a distribution of single weights is needed")
+            raise PriorError(f"{description['class']} is of vectors; a prior is a distribution of single weights")
         if not broadcasts(batch_shape, shape):
             raise PriorError(f"the distribution has batch shape {tuple(batch_shape)}; the parameter has {tuple(shape)}")
 
@@ -136,7 +136,9 @@ def _described_shape(name: str, description: Any) -> torch.Size:
     told = description.get("class") if isinstance(description, dict) else None
     kind = getattr(distributions, told, None) if isinstance(told, str) else None
     if not isinstance(kind, type) or not issubclass(kind, distributions.Distribution):
-        raise PriorError(f"{name}={str(description)[:99]}: a class of torch.distributions and its arguments are needed")
+        raise PriorError(
+            f"{name} must be a class of torch.distributions and its arguments, got {str(description)[:99]}"
+        )
     arguments = {argument: value for argument, value in description.items() if argument != "class"}
     try:
         inspect.signature(kind).bind(**arguments)
@@ -192,7 +194,7 @@ class _Picked(Prior):
 
 def _check_scalar_and_real(distribution: distributions.Distribution) -> None:
     if distribution.event_shape:
-        raise PriorError(f"{distribution!r} is a distribution of vectors; one over single weights is needed")
+        raise PriorError(f"{distribution!r} is a distribution of vectors; a prior is one of single weights")
     if not _is_real_line(distribution):
         raise PriorError(
             f"{distribution!r} has a bounded or discrete support: a weight may be any real number, and where the "

@@ -32,7 +32,7 @@ class ScaleMixture(Prior):
         self.keep(pi=pi)
         inside = torch.as_tensor(self.pi)
         if not ((inside > 0) & (inside < 1)).all():
-            raise PriorError(f"pi={pi!r}: it must lie within (0, 1)")
+            raise PriorError(f"pi must lie within (0, 1), got {pi!r}")
 
     def log_prob(self, w: Tensor) -> Tensor:  # noqa: D102
         pi = torch.as_tensor(self.pi, dtype=w.dtype, device=w.device)

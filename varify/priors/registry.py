@@ -1,7 +1,7 @@
 """The names that `set_prior` and checkpoints know priors by."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from torch import distributions
@@ -10,11 +10,13 @@ from varify.errors import PriorError, listed
 from varify.weights.prior import Prior
 
 P = TypeVar("P", bound=type[Prior])
-KINDS: dict[str, type[Prior]] = {}
+# What `set_prior` and `variationalize` take for a prior: a name, a prior, or a factorised distribution.
+PriorLike = str | Prior | distributions.Distribution
+_BY_NAME: dict[str, type[Prior]] = {}
 
 
-def register(kind: str) -> Callable[[P], P]:
-    """Make a `Prior` class known by name, for `set_prior(kind, ...)` and for checkpoints.
+def register(name: str) -> Callable[[P], P]:
+    """Decorate a `Prior` class that is to be known by a name: for `set_prior(name, ...)`, the command line, files.
 
     ```python
     @varify.priors.register("cauchy")
@@ -32,41 +34,77 @@ def register(kind: str) -> Callable[[P], P]:
     """
 
     def decorate(prior_type: P) -> P:
-        former = KINDS.get(kind)
+        former = _BY_NAME.get(name)
         if former is not None and former.__qualname__ != prior_type.__qualname__:
-            raise PriorError(f"the name {kind!r} is taken by {former.__qualname__}; choose another")
-        prior_type.kind = kind
-        KINDS[kind] = prior_type
+            raise PriorError(f"the name {name!r} is taken by {former.__qualname__}; choose another")
+        prior_type.kind = name
+        _BY_NAME[name] = prior_type
         return prior_type
 
     return decorate
 
 
-def as_prior(kind: Any, **hyperparameters: Any) -> "Prior":
+def as_prior(prior: PriorLike, **hyperparameters: Any) -> Prior:
     """A prior from whatever a user may write: a name with hyper-parameters, a `Prior`, a torch distribution.
 
     Raises:
         PriorError: the name or a hyper-parameter is unknown, one is missing, or it has a value that can't be.
     """
-    if isinstance(kind, distributions.Distribution):
-        wrap: Callable[..., Prior] = KINDS["distribution"]
-        return wrap(kind, **hyperparameters)
-    if isinstance(kind, Prior):
+    if isinstance(prior, distributions.Distribution):
+        wrap: Callable[..., Prior] = _BY_NAME["distribution"]
+        return wrap(prior, **hyperparameters)
+    if isinstance(prior, Prior):
         if hyperparameters:
-            raise PriorError(f"{kind!r} has its hyper-parameters already; {listed(hyperparameters)} can't be added")
-        return kind
-    if isinstance(kind, type) and issubclass(kind, Prior):
-        raise PriorError(f"prior={kind.__name__} is a class: pass an instance, {kind.__name__}(...)")
-    if not isinstance(kind, str):
+            raise PriorError(f"{prior!r} has its hyper-parameters already; {listed(hyperparameters)} can't be added")
+        return prior
+    if isinstance(prior, type) and issubclass(prior, Prior):
+        raise PriorError(f"prior={prior.__name__} is a class: pass an instance, {prior.__name__}(...)")
+    if not isinstance(prior, str):
         raise PriorError(
-            f"prior={kind!r}: a name ({listed(KINDS, 9)}), a varify.priors.Prior or a "
-            "torch.distributions.Distribution is needed"
+            f"prior must be a name ({listed(names(), 9)}), a varify.priors.Prior or a "
+            f"torch.distributions.Distribution, got {prior!r}"
         )
-    if kind not in KINDS:
-        raise PriorError(f"unknown prior {kind!r}; there are {listed(KINDS, 99)}")
+    if prior not in names():
+        raise PriorError(f"unknown prior {prior!r}; there are {listed(names(), 99)}")
     try:
-        inspect.signature(KINDS[kind]).bind(**hyperparameters)
+        inspect.signature(_BY_NAME[prior]).bind(**hyperparameters)
     except TypeError as error:
-        takes = ", ".join(str(p) for p in inspect.signature(KINDS[kind]).parameters.values())
-        raise PriorError(f"prior {kind!r}: {error}; it takes {takes}") from None
-    return KINDS[kind](**hyperparameters)
+        takes = ", ".join(str(p) for p in inspect.signature(_BY_NAME[prior]).parameters.values())
+        raise PriorError(f"prior {prior!r}: {error}; it takes {takes}") from None
+    return _BY_NAME[prior](**hyperparameters)
+
+
+def names() -> list[str]:
+    """Of the priors that have one; a distribution is given itself, and not by name."""
+    return [name for name in _BY_NAME if name != "distribution"]
+
+
+# --- in checkpoints
+
+
+def kind_of(prior_type: type[Prior]) -> str:
+    """What a checkpoint calls a prior: its name, or module and class of one that is not registered."""
+    registered = _BY_NAME.get(prior_type.kind)
+    if registered is not None and registered.__qualname__ == prior_type.__qualname__:
+        return prior_type.kind
+    return f"{prior_type.__module__}:{prior_type.__qualname__}"
+
+
+def of_kind(kind: str) -> type[Prior] | None:
+    """The class that a checkpoint's `kind` stands for; None if nothing that is imported defines it."""
+    if kind in _BY_NAME:
+        return _BY_NAME[kind]
+    found = [t for t in _subclasses(Prior) if ":" in kind and f"{t.__module__}:{t.__qualname__}" == kind]
+    return found[-1] if found else None
+
+
+def known_kinds() -> list[str]:
+    """All that `of_kind` finds."""
+    others = [kind_of(t) for t in _subclasses(Prior) if not t.__module__.startswith("varify.")]
+    return list(dict.fromkeys([*names(), *others]))
+
+
+def _subclasses(base: type[Prior]) -> Iterator[type[Prior]]:
+    for one in base.__subclasses__():
+        yield one
+        yield from _subclasses(one)

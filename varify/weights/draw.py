@@ -1,6 +1,8 @@
-"""One draw of many parameters."""
+"""Draws of many parameters at once, and how they are made at the moment."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,18 +11,18 @@ from varify.weights.kl import Posterior
 from varify.weights.posterior import cast
 
 
-def draw(posteriors: Mapping[str, Posterior], fixed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """theta: one draw of every parameter by name, each in its network's dtype.
 
     Args:
         posteriors: by name.
-        fixed: noise to reuse by name; what is missing is drawn and put in.
+        noise: eps to reuse by name; what is missing is drawn and put in.
     """
     theta = {}
     for name, q in posteriors.items():
-        eps = q.noise() if fixed is None or name not in fixed else fixed[name]
-        if fixed is not None:
-            fixed[name] = eps
+        eps = q.noise() if noise is None or name not in noise else noise[name]
+        if noise is not None:
+            noise[name] = eps
         theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
     return theta
 
@@ -34,3 +36,65 @@ def _asking_for_gradients(drawn: Tensor, mu: Tensor) -> Tensor:
     ):
         return drawn  # which can't be done within transforms
     return drawn.requires_grad_(mu.requires_grad)
+
+
+class Drawing:
+    """How one module draws at the moment: fresh noise while training, unless a context says otherwise.
+
+    Attributes:
+        noise: eps by parameter name, which all draws use; what is missing is drawn and put in. None: fresh noise.
+    """
+
+    def __init__(self) -> None:
+        self.noise: dict[str, Tensor] | None = None
+        self._seed: int | None = None
+        self._always: list[bool] = []
+
+    def __reduce__(self) -> Any:
+        return Drawing, ()  # a copy or a pickled module is in no context
+
+    @property
+    def always(self) -> bool:
+        """Whether weights are drawn in eval mode as well."""
+        return bool(self._always)
+
+    def copy(self) -> "Drawing":
+        """Another one that is so at first."""
+        new = Drawing()
+        new.noise, new._seed, new._always = self.noise, self._seed, list(self._always)
+        return new
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within, weights are drawn in eval mode as well."""
+        self._always.append(True)  # and not a count: this is one step, whatever other threads do
+        try:
+            yield
+        finally:
+            self._always.pop()
+
+    @contextmanager
+    def fixed(self, noise: dict[str, Tensor]) -> Iterator[None]:
+        """Within, all draws use this noise; it gets what is missing."""
+        before = self.noise, self._seed
+        self.noise, self._seed = noise, None
+        try:
+            yield
+        finally:
+            self.noise, self._seed = before
+
+    def same_numbers(self, devices: list[int]) -> Any:
+        """Within, random numbers are the same every time, if noise is fixed: of the CPU and these CUDA devices."""
+        if self.noise is None or torch.compiler.is_compiling():
+            return nullcontext()
+        self._seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
+        return _seeded(self._seed, devices)
+
+
+@contextmanager
+def _seeded(seed: int, devices: list[int]) -> Iterator[None]:
+    with torch.random.fork_rng(devices):
+        # not torch.manual_seed, which seeds the generators of all devices, also of those that are not forked
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+            generator.manual_seed(seed)
+        yield

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from varify.errors import PriorError
+from varify.errors import PriorError, positive_int
 
 MOST_DRAWS = 100_000  # in one estimate of a KL: its memory and time grow with them
 
@@ -27,11 +27,9 @@ class Prior(nn.Module):
 
     def __init__(self, n_mc_samples: int = 1) -> None:
         super().__init__()
-        whole = isinstance(n_mc_samples, int) and not isinstance(n_mc_samples, bool)
-        if not whole or not 1 <= n_mc_samples <= MOST_DRAWS:
-            needed = f"a whole number of draws, at least 1 and at most {MOST_DRAWS:,}, is needed"
-            raise PriorError(f"n_mc_samples={n_mc_samples!r}: {needed}")
-        self.n_mc_samples = n_mc_samples
+        self.n_mc_samples = positive_int("n_mc_samples", n_mc_samples, PriorError)
+        if self.n_mc_samples > MOST_DRAWS:
+            raise PriorError(f"n_mc_samples must be at most {MOST_DRAWS:,}, got {n_mc_samples}")
 
     def log_prob(self, w: Tensor) -> Tensor:
         """Log p(w) of the whole tensor: w `(*shape)` to a scalar `()`, nats. A subclass must define it."""
@@ -113,18 +111,18 @@ class Prior(nn.Module):
                     name, value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
                 )
             elif isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
-                raise PriorError(f"{name}={value!r}: a number or a tensor is needed")
+                raise PriorError(f"{name} must be a number or a tensor, got {value!r}")
             else:
                 setattr(self, name, float(value))
             if not torch.as_tensor(getattr(self, name)).isfinite().all():
-                raise PriorError(f"{name}={value!r}: it must be finite")
+                raise PriorError(f"{name} must be finite, got {value!r}")
 
     def keep_positive(self, **hyperparameters: Any) -> None:
         """`keep`, of what must be greater than 0."""
         self.keep(**hyperparameters)
         for name, value in hyperparameters.items():
             if not (torch.as_tensor(getattr(self, name)) > 0).all():
-                raise PriorError(f"{name}={value!r}: it must be greater than 0")
+                raise PriorError(f"{name} must be positive, got {value!r}")
 
     def __repr__(self) -> str:
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
@@ -155,7 +153,7 @@ def checked_shape(name: str, value: Any) -> torch.Size:
         PriorError: it is none.
     """
     if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 2**40 for n in value):
-        raise PriorError(f"{name}={str(value)[:99]}: the shape of a tensor is needed")
+        raise PriorError(f"{name} must be the shape of a tensor, got {str(value)[:99]}")
     return torch.Size(value)
 
 

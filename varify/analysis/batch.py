@@ -1,0 +1,118 @@
+"""A batch, flattened to its tensors, and cut to single data."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from varify.errors import ArgumentError
+from varify.objective.arguments import has_length, unpack
+
+INPUTS, TARGETS = "inputs", "targets"
+SAY = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"
+Leaves = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, flattened.
+
+    Attributes:
+        leaves: of (args, kwargs, targets).
+        spec: what makes these of leaves again.
+        entries: of each leaf, how many entries of its first dimension belong to one datum: 1, or the number of tokens
+            of flattened targets; 0 if the leaf belongs to all data together.
+        size: number of data.
+    """
+
+    leaves: list[Any]
+    spec: Any
+    entries: list[int]
+    size: int
+
+    def columns(self) -> list[Any]:
+        """The leaves, those that belong to single data as `(size, entries, ...)`."""
+        pairs = zip(self.leaves, self.entries, strict=True)
+        return [x if not n else x.unsqueeze(1) if n == 1 else x.unflatten(0, (self.size, n)) for x, n in pairs]
+
+    def datum(self, i: int) -> Any:
+        """(args, kwargs, targets) of a batch with datum `i` alone."""
+        return self.of([x[i] if n else x for x, n in zip(self.columns(), self.entries, strict=True)])
+
+    def of(self, leaves: Iterable[Any]) -> Any:
+        """(args, kwargs, targets) with other leaves."""
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A batch, flattened to the leaves of (args, kwargs, targets), of which `n_inputs` are of the inputs."""
+
+    leaves: list[Any]
+    spec: Any
+    n_inputs: int
+    given: Any  # (inputs, targets)
+
+    @classmethod
+    def of(cls, network: nn.Module, inputs: Any, targets: Any) -> "Flat":
+        """A batch of a loader, for a network that takes its inputs."""
+        args, kwargs = unpack(inputs, network)
+        leaves, spec = pytree.tree_flatten((args, kwargs, _plain(targets)))
+        return cls(leaves, spec, len(pytree.tree_leaves((args, kwargs))), (_plain(inputs), _plain(targets)))
+
+    @property
+    def key(self) -> Any:
+        """Batches that have it in common are made alike."""
+        return repr(self.spec), tuple(has_length(x) for x in self.leaves)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the leaves, as `inputs[0]`."""
+        paths, _ = pytree.tree_flatten_with_path(self.given)
+        parts = [INPUTS] * self.n_inputs + [TARGETS] * (len(self.leaves) - self.n_inputs)
+        return [part + pytree.keystr(path[1:]) for part, (path, _) in zip(parts, paths, strict=True)]
+
+    def tensors(self, part: str) -> list[int]:
+        """Indices of the tensors that have a length."""
+        return [i for i, x in enumerate(self.leaves) if has_length(x) and (i < self.n_inputs) == (part == INPUTS)]
+
+    def size(self, chosen: Leaves) -> int:
+        """The length that the tensors of the inputs among `chosen` have."""
+        lengths = {i: len(self.leaves[i]) for i in sorted(chosen) if i < self.n_inputs}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{self.names[i]} {tuple(self.leaves[i].shape)}" for i in lengths)
+            raise ArgumentError(f"{told} should each have an entry for each datum, but their lengths differ; {SAY}")
+        return next(iter(lengths.values()))
+
+    def batch(self, chosen: Leaves) -> Batch:
+        """With `chosen` cut into as many data as the inputs have."""
+        size = self.size(chosen)
+        for i in sorted(chosen):
+            if not len(self.leaves[i]) or len(self.leaves[i]) % size:
+                told = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
+                raise ArgumentError(f"{told} can't be cut into {size} data, as many as there are in the inputs; {SAY}")
+        entries = [len(x) // size if i in chosen else 0 for i, x in enumerate(self.leaves)]
+        return Batch(self.leaves, self.spec, entries, size)
+
+
+def spread(batched: Any, tree: Any) -> Iterator[bool]:
+    """A boolean for each leaf of `tree`, from a tree of them that may stop early."""
+    tree = _plain(tree)
+    if isinstance(batched, bool):
+        yield from [batched] * len(pytree.tree_leaves(tree))
+    elif isinstance(batched, Mapping) and isinstance(tree, dict) and set(batched) == set(tree):
+        for key, part in tree.items():
+            yield from spread(batched[key], part)
+    elif isinstance(batched, (tuple, list)) and isinstance(tree, (tuple, list)) and len(batched) == len(tree):
+        for flag, part in zip(batched, tree, strict=True):
+            yield from spread(flag, part)
+    else:
+        what = f"{type(tree).__name__} of {len(tree)}" if isinstance(tree, (dict, tuple, list)) else type(tree).__name__
+        raise ArgumentError(f"batched has {batched!r} for a {what}; {SAY}")
+
+
+def _plain(tree: Any) -> Any:
+    """A mapping of another kind as a dict, which can be flattened."""
+    return dict(tree) if isinstance(tree, Mapping) else tree

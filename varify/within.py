@@ -1,0 +1,80 @@
+"""All variational modules within a network: it may be one, have one for its head, or hold several."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varify.network.copies import copy_network
+from varify.network.parameters import first_slots, is_variational
+from varify.network.sharding import gathered, refuse_sharded
+from varify.prediction.vectorizing import Draws
+
+
+def variational_parts(network: nn.Module) -> list[Any]:
+    """Each `VariationalModule` within `network`, itself too."""
+    return [part for part in network.modules() if is_variational(part)]
+
+
+def prior_loss(network: nn.Module) -> Tensor:
+    """Sum of KL(q‖p) over every variational module within `network`, scalar `()`, nats, differentiable.
+
+    For a network of which only a part is variational, such as a Bayesian head on a plain body.
+    """
+    terms = [term for part in variational_parts(network) for term in part.kl_divergence().values()]
+    if not terms:
+        return torch.zeros(())
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+@contextmanager
+def sampling(network: nn.Module) -> Iterator[None]:
+    """Within, every variational module within `network` draws its weights, in eval mode as well."""
+    with ExitStack() as stack:
+        for part in variational_parts(network):
+            stack.enter_context(part.drawing.sampling())
+        yield
+
+
+@torch.no_grad()
+def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: str) -> nn.Module:
+    """A copy of the user's network with other weights, also in the variational modules within it.
+
+    Args:
+        vnet: a `VariationalModule`.
+        weights: from one of these to its weights by name; of a name that is missing, the parameter.
+        what: is asked for, in words.
+
+    Raises:
+        StructureError: the parameters are in parts (FSDP2).
+    """
+    refuse_sharded(vnet, what)
+    new: nn.Module = copy_network(vnet.module)
+    for copied, part in zip(variational_parts(new), variational_parts(vnet.module), strict=True):
+        copied.drawing = part.drawing  # within `fixed_draw`
+    slots = first_slots(new)
+    for name, weight in weights(vnet).items():
+        slots[name].parameter.copy_(weight)
+    if is_variational(new):
+        return ordinary(new, weights, what)
+    for module in list(new.modules()):
+        for name, child in module._modules.items():
+            if child is not None and is_variational(child):
+                module._modules[name] = ordinary(child, weights, what)
+    return new
+
+
+@torch.no_grad()
+def outputs_of_draws(vnet: Any, args: Any, kwargs: Any, n_samples: int, vectorize: bool | None = None) -> Draws:
+    """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
+    with gathered(vnet):
+        engine = vnet.engine
+
+        def draw() -> dict[str, Tensor]:
+            theta: dict[str, Tensor] = engine.posteriors.draw(vnet.drawing.noise)
+            return theta
+
+        draws: Draws = engine.sampler.outputs(args, kwargs, draw, n_samples, vectorize, sampling)
+    return draws
