@@ -101,12 +101,12 @@ def test_parameters_that_can_not_be_variational_are_left_and_named() -> None:
         (3, "init must be .*, got 3"),
     ],
 )
-def test_bad_initialisations(init: object, told: str) -> None:
+def test_bad_initializations(init: object, told: str) -> None:
     with pytest.raises(varify.InitError, match=told):
         varify.variationalize(nn.Linear(2, 2), init=init)
 
 
-def test_bad_numbers_in_initialisations() -> None:
+def test_bad_numbers_in_initializations() -> None:
     for make, told in (
         (lambda: varify.inits.Constant(0.0), "sigma must be a positive number, got 0.0"),
         (lambda: varify.inits.Relative(-1), "scale must be a positive number, got -1"),

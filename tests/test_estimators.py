@@ -148,9 +148,9 @@ def test_embedding(estimator: str) -> None:
     assert worst_mean(samples, mean, covariances) < LIMIT
     assert worst_covariance(samples, covariances, diagonal=estimator == "local") < LIMIT
     assert torch.equal(vnet(torch.zeros(2, dtype=torch.long)), network(torch.zeros(2, dtype=torch.long)))
-    renormalised = varify.variationalize(nn.Embedding(5, 2, max_norm=1.0), estimator=estimator)
-    renormalised(tokens)
-    assert "weights (max_norm depends on the drawn rows)" in str(renormalised.summary())
+    renormalized = varify.variationalize(nn.Embedding(5, 2, max_norm=1.0), estimator=estimator)
+    renormalized(tokens)
+    assert "weights (max_norm depends on the drawn rows)" in str(renormalized.summary())
 
 
 def test_flipout_examples_are_uncorrelated_and_local_draws_are_independent() -> None:

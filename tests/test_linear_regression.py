@@ -1,6 +1,6 @@
 """Training against linear algebra: the mean-field posterior of Bayesian linear regression is known exactly.
 
-With a linear model, Gaussian noise and a Gaussian prior the true posterior is N(m, P⁻¹), and the best factorised
+With a linear model, Gaussian noise and a Gaussian prior the true posterior is N(m, P⁻¹), and the best factorized
 Gaussian has mean m and variances 1/diag(P) (Bishop 2006, section 10.1.2).
 """
 
@@ -74,7 +74,7 @@ INITS: dict[str, Callable[[], inits.Init]] = {
 
 
 @pytest.mark.parametrize("init", INITS.values(), ids=INITS.keys())
-def test_every_initialisation_finds_the_posterior(init: Callable[[], inits.Init]) -> None:
+def test_every_initialization_finds_the_posterior(init: Callable[[], inits.Init]) -> None:
     vnet = varify.variationalize(network(), prior=priors.Gaussian(std=1.0), init=init())
     assert_close(train(vnet), by_linear_algebra(torch.zeros(3), torch.ones(3)))
 
@@ -86,7 +86,7 @@ PRIORS = {
         torch.tensor([1.0, 0.0, -1.0]),
         torch.tensor([0.5, 1.0, 2.0]),
     ),
-    "centred": (priors.Gaussian(std=0.5, centered=True), network().weight.detach()[0], torch.full((3,), 0.5)),
+    "centered": (priors.Gaussian(std=0.5, centered=True), network().weight.detach()[0], torch.full((3,), 0.5)),
     "a torch distribution": (torch.distributions.Normal(0.5, 0.7), torch.full((3,), 0.5), torch.full((3,), 0.7)),
     # two components of one scale are that Gaussian, and take the estimated KL
     "mixture": (priors.ScaleMixture(0.8, 0.8, 0.3, n_mc_samples=3), torch.zeros(3), torch.full((3,), 0.8)),

@@ -149,7 +149,7 @@ def test_default_choice_and_where() -> None:
     assert not vnet.module.fc.bias.requires_grad
     table = str(vnet.summary())
     assert "frozen" in table
-    assert "normalisation layer" in table
+    assert "normalization layer" in table
     everything = varify.variationalize(network, where="*")
     assert set(everything.posteriors) == {name for name, _ in network.named_parameters()}
     assert not everything.posteriors["fc.bias"].rho.requires_grad
@@ -159,7 +159,7 @@ def test_default_choice_and_where() -> None:
     assert list(several.posteriors) == ["conv1.weight", "conv1.bias", "fc.weight"]
 
 
-def test_priors_and_initialisations_by_glob() -> None:
+def test_priors_and_initializations_by_glob() -> None:
     vnet = mlp(
         prior={"*.bias": varify.priors.Gaussian(std=2.0), "2.*": "gaussian"},
         init={"0.*": varify.inits.Constant(0.25), "2.weight": "zero_mean"},
@@ -170,7 +170,7 @@ def test_priors_and_initialisations_by_glob() -> None:
     assert not vnet.posteriors["2.weight"].mu.any()
 
 
-def test_initialisations() -> None:
+def test_initializations() -> None:
     network = nn.Linear(400, 300)
     w = network.weight
     sigma = lambda init: varify.variationalize(network, init=init).posteriors["weight"].sigma  # noqa: E731

@@ -47,7 +47,7 @@ def test_measures_on_classes_by_hand(prediction: Prediction) -> None:
 
 def test_votes_and_certainty() -> None:
     votes = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
-    assert Prediction(votes, "probabilities").variation_ratio().item() == pytest.approx(0.5)
+    assert Prediction(votes, "probabilities", class_dim=0).variation_ratio().item() == pytest.approx(0.5)
     certain = Prediction(torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]), "probabilities")
     assert certain.entropy().item() == 0.0
     assert certain.mutual_information().item() == 0.0
@@ -230,7 +230,7 @@ def test_intervals_cover_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "raw parameters", "dict output", "tied"])
-def test_vectorised_draws_are_those_of_the_loop(name: str) -> None:
+def test_vectorized_draws_are_those_of_the_loop(name: str) -> None:
     vnet = varify.variationalize(seeded(CASES[name]).eval())
     args, kwargs = CASES[name].calls[0]
     both = []
@@ -241,8 +241,8 @@ def test_vectorised_draws_are_those_of_the_loop(name: str) -> None:
             [leaf.samples for leaf in torch.utils._pytree.tree_leaves(predicted) if isinstance(leaf, Prediction)]
         )
     assert both[0]
-    for vectorised, looped in zip(*both, strict=True):
-        torch.testing.assert_close(vectorised, looped)
+    for vectorized, looped in zip(*both, strict=True):
+        torch.testing.assert_close(vectorized, looped)
 
 
 def test_vectorising_runs_the_network_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_vectorising_runs_the_network_once_a_chunk(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru", "untraceable", "counting", "noisy"])
-def test_what_can_not_be_vectorised_loops_with_the_same_draws(name: str) -> None:
+def test_what_can_not_be_vectorized_loops_with_the_same_draws(name: str) -> None:
     args, kwargs = CASES[name].calls[0]
     both = []
     for vectorize in (True, False):

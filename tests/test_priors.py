@@ -210,7 +210,7 @@ def test_no_floor_takes_the_mixtures_gradient_from_large_weights() -> None:
     assert w.grad.item() == pytest.approx(-30 / 0.2**2)
 
 
-def test_centred_prior_has_the_weights_for_means_and_travels() -> None:
+def test_centered_prior_has_the_weights_for_means_and_travels() -> None:
     network = nn.Linear(3, 2)
     vnet = varify.variationalize(
         network, prior=priors.Gaussian(std=0.5, centered=True), init=varify.inits.Constant(0.5)

@@ -46,7 +46,7 @@ def assert_same(found: varify.VariationalModule, expected: varify.VariationalMod
 
 PRIORS = {
     "gaussian": varify.priors.Gaussian(),
-    "centred": varify.priors.Gaussian(std=0.05, centered=True),
+    "centered": varify.priors.Gaussian(std=0.05, centered=True),
     "tensor": varify.priors.Gaussian(std=torch.tensor(0.25)),
     "conjugate": varify.priors.Conjugate(0.0, 3.0, 0.5, 0.7),
     "known mean": varify.priors.ConjugateKnownMean(0.1, 0.5, 0.5),

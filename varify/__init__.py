@@ -5,7 +5,20 @@ from varify.analysis.description_length import DescriptionLength, description_le
 from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.pruning import prune, pruning_curve
-from varify.errors import EstimatorError, InitError, ModelError, PriorError, SelectionError, StructureError, VarifyError
+from varify.errors import (
+    ArgumentError,
+    EstimatorError,
+    FileError,
+    InitError,
+    MissingFileError,
+    ModelError,
+    PriorError,
+    SelectionError,
+    StructureError,
+    UnknownNameError,
+    UnsavableError,
+    VarifyError,
+)
 from varify.module import VariationalModule
 from varify.objective import schedules
 from varify.objective.elbo import ELBO, Terms, parameter_groups
@@ -20,18 +33,23 @@ from varify.within import prior_loss
 __version__ = "0.1.0"
 __all__ = [
     "ELBO",
+    "ArgumentError",
     "DescriptionLength",
     "EstimatorError",
+    "FileError",
     "GaussianLikelihood",
     "GaussianPosterior",
     "HeteroscedasticGaussianLikelihood",
     "InitError",
+    "MissingFileError",
     "ModelError",
     "Prediction",
     "PriorError",
     "SelectionError",
     "StructureError",
     "Terms",
+    "UnknownNameError",
+    "UnsavableError",
     "VariationalModule",
     "VarifyError",
     "description_length",

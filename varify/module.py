@@ -163,7 +163,7 @@ class VariationalModule(nn.Module):
 
         Args:
             prior: a name ("gaussian", "conjugate", "conjugate_known_mean", "mixtgauss" or a registered one), a
-                `varify.priors.Prior`, or a factorised `torch.distributions.Distribution`.
+                `varify.priors.Prior`, or a factorized `torch.distributions.Distribution`.
             where: glob, or several, on parameter names.
             hyperparameters: of the named prior.
 

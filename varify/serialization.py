@@ -98,7 +98,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
         StructureError: the model has other parameters or buffers than the one in the file, by name or shape. What it
             does with them can't be checked. Or the settings in the file are none that `save` writes.
         ModelError: the model is no plain network.
-        PriorError: a prior of one's own is not registered (import the module that does), or its settings can't be.
+        PriorError: a custom prior is unknown (import the module that defines it), or its settings can't be.
         EstimatorError: an estimator is unknown.
     """
     check_model(model)

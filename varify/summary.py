@@ -89,7 +89,16 @@ def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]
         shape, names = tuple(slot.parameter.shape), (name, *aliases.get(name, ()))
         if name in posteriors:
             q, estimator = posteriors[name], _reported(name, settings.estimators[name], decisions)
-            rows.append(Row(names, shape, repr(q.prior), estimator, float(q.sigma.mean()), float(q.kl_divergence())))
+            rows.append(
+                Row(
+                    names,
+                    shape,
+                    " ".join(repr(q.prior).split()),
+                    estimator,
+                    float(q.sigma.mean()),
+                    float(q.kl_divergence()),
+                )
+            )
         else:
             rows.append(Row(names, shape, "", settings.skipped.get(name, "not chosen")))
     return Summary(type(network).__name__, rows)

@@ -36,15 +36,15 @@ def variationalize(
     Args:
         model: any `nn.Module`, pretrained or not, on any device.
         prior: for all chosen parameters, or `{glob: prior}` with the default elsewhere and the last match winning:
-            a name of `set_prior`, a `varify.priors.Prior` or a factorised `torch.distributions.Distribution`.
+            a name of `set_prior`, a `varify.priors.Prior` or a factorized `torch.distributions.Distribution`.
         where: which parameters: a glob on their names, several, or a predicate `(name, parameter, owner_module) ->
-            bool`. Default: every floating-point parameter that requires a gradient, except those of normalisation
+            bool`. Default: every floating-point parameter that requires a gradient, except those of normalization
             layers.
         init: how mu and rho start: a `varify.inits.Init`, the name of one, or `{glob: init}`. Default:
             `varify.inits.Relative()`, the weights as means and a tenth of the prior's standard deviation.
         estimator: how gradients are estimated in training, or `{glob: estimator}`: "weights" draws the weights once a
             forward; "local" draws the outputs of linear operations; "flipout" gives each example perturbations of its
-            own; "auto" takes of these the one with the least variance that is exact. Where an estimator can't be had
+            own; "auto" takes of these the one with the least variance that is exact. Where an estimator is unavailable
             (several uses, an operation without a rule) the weights are drawn, and `summary()` says why.
         strict: raise an EstimatorError in that case, at the first call.
         batch_dim: the dimension of the network's inputs that counts examples, which estimators ask for: 1 for

@@ -27,7 +27,7 @@ class Images:
     letters: Tensor
 
 
-def standardise(images: Tensor, like: Tensor) -> Tensor:
+def standardize(images: Tensor, like: Tensor) -> Tensor:
     """Bring `images` to the size of the network's input and to mean 0, std 1 of the training images `like`."""
     images, like = (
         F.interpolate(x.unsqueeze(1).float(), (SIZE, SIZE), mode="bilinear", align_corners=False)
@@ -45,11 +45,11 @@ def digits(root: Path) -> Images:
     held_out = torch.arange(len(labels)) % 4 == 3
     train = images[~held_out]
     return Images(
-        standardise(train, train),
+        standardize(train, train),
         labels[~held_out],
-        standardise(images[held_out], train),
+        standardize(images[held_out], train),
         labels[held_out],
-        standardise(letters(8), train),
+        standardize(letters(8), train),
     )
 
 
@@ -65,11 +65,11 @@ def _torchvision(name: str) -> Callable[[Path], Images]:
             raise DataError(f"{name} is not in {root} and can't be downloaded there: {error}") from error
         pixels = train.data / 255.0
         return Images(
-            standardise(pixels, pixels),
+            standardize(pixels, pixels),
             train.targets,
-            standardise(test.data / 255.0, pixels),
+            standardize(test.data / 255.0, pixels),
             test.targets,
-            standardise(letters(28), pixels),
+            standardize(letters(28), pixels),
         )
 
     return load
@@ -96,7 +96,7 @@ def letters(size: int) -> Tensor:
             left, top, right, bottom = font.getbbox(letter)
             side = int(max(right - left, bottom - top) * 1.1)
             canvas = Image.new("L", (side, side))
-            centred = ((side - right - left) / 2, (side - bottom - top) / 2)
-            ImageDraw.Draw(canvas).text(centred, letter, fill=255, font=font)
+            centered = ((side - right - left) / 2, (side - bottom - top) / 2)
+            ImageDraw.Draw(canvas).text(centered, letter, fill=255, font=font)
             glyphs.append(np.asarray(canvas.resize((size, size), Image.Resampling.BOX)) / 255.0)
     return torch.as_tensor(np.stack(glyphs))

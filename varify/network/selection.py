@@ -142,7 +142,7 @@ def _impossible(slot: Slot) -> str | None:
 def _default_exclusion(slot: Slot) -> str | None:
     if not slot.parameter.requires_grad:
         return "frozen"
-    return "normalisation layer" if _scales_or_shifts(slot) else None
+    return "normalization layer" if _scales_or_shifts(slot) else None
 
 
 def _scales_or_shifts(slot: Slot) -> bool:

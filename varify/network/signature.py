@@ -1,5 +1,6 @@
 """The signature of a call, and whether a network has hooks."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,15 @@ def call_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[An
         (leaf.dtype, leaf.dim(), leaf.layout, leaf.is_nested) if isinstance(leaf, Tensor) else type(leaf)
         for leaf in leaves
     )
+
+
+def takes(network: nn.Module, name: str) -> bool:
+    """Whether forward takes a keyword argument of this name."""
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):  # no Python function
+        return True
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def has_hooks(network: nn.Module) -> bool:

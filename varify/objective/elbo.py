@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from varify.errors import ArgumentError, one_of, positive_int
+from varify.errors import ArgumentError, ModelError, one_of, positive_int
 from varify.module import VariationalModule
 from varify.objective.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
@@ -22,7 +23,7 @@ class Terms(NamedTuple):
     """What `ELBO` returns; each a scalar `()`, differentiable.
 
     Attributes:
-        loss: what to minimise, nats per datum.
+        loss: what to minimize, nats per datum.
         nll: negative log likelihood, mean per datum, nats.
         kl: total KL(q‖p), nats, as it is: neither weighted nor divided.
     """
@@ -52,13 +53,19 @@ class ELBO:
     """
 
     def __init__(self, *, num_data: int, n_samples: int = 1, beta: float | Schedule = 1.0, bound: str = "elbo") -> None:
-        if not callable(beta) and not 0 <= beta < math.inf:
-            raise ArgumentError(f"beta must be a number of at least 0, or a function of the step, got {beta!r}")
+        if not callable(beta) and not (isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < math.inf):
+            raise ArgumentError(
+                "beta must be a number of at least 0, or a function of the step such as "
+                f"varify.schedules.warm_up(1000), got {beta!r}"
+            )
         one_of("bound", bound, BOUNDS)
         self.num_data, self.n_samples = positive_int("num_data", num_data), positive_int("n_samples", n_samples)
         self.bound = bound
         self.step = 0
         self._beta = beta
+
+    def __repr__(self) -> str:
+        return f"ELBO(num_data={self.num_data}, n_samples={self.n_samples}, beta={self._beta!r}, bound={self.bound!r})"
 
     @property
     def beta(self) -> float:
@@ -76,9 +83,15 @@ class ELBO:
             targets: handed to the criterion.
 
         Raises:
+            ModelError: nothing in `vnet` is variational.
             ArgumentError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
                 that may be one argument or several.
         """
+        if not variational_parts(vnet):
+            raise ModelError(
+                f"the {type(vnet).__name__} has no variational parts, so there is no KL: "
+                "vnet = varify.variationalize(network) makes one"
+            )
         args, kwargs = unpack(inputs, vnet)
         batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
@@ -128,12 +141,12 @@ def scalar(loss: Any) -> Tensor:
 
 
 def parameter_groups(network: nn.Module, lr: float, rho_lr: float | None = None) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser: rho's apart from everything else, since they want a rate of their own.
+    """Groups for a torch optimizer: rho's apart from everything else, since they want a rate of their own.
 
     Args:
         network: a variational module, or any module with variational parts.
         lr: of the means and the deterministic parameters.
-        rho_lr: of the rho's; default `lr`. Weight decay is 0 for both: the prior is the regulariser.
+        rho_lr: of the rho's; default `lr`. Weight decay is 0 for both: the prior is the regularizer.
     """
     rhos = {id(p) for m in network.modules() if isinstance(m, VariationalModule) for p in m.rho.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]

@@ -38,7 +38,7 @@ class Variances(NamedTuple):
 OUTPUTS = ("logits", "probabilities", "binary_logits")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prediction:
     """Outputs of `n_samples` draws of the weights on one batch.
 
@@ -50,7 +50,7 @@ class Prediction:
         outputs: what the network returns, for the measures on classes: "logits" (log probabilities are logits as
             well), "probabilities", or "binary_logits", one logit of the second of two classes per output.
         class_dim: the classes' dimension in one output of the network; 1 for segmentation.
-        vectorized: whether the draws ran at once, by `torch.func.vmap`, and not one after another.
+        vectorized: whether the draws ran vectorized, by `torch.func.vmap`, and not sequentially.
     """
 
     samples: Tensor
@@ -60,6 +60,16 @@ class Prediction:
 
     def __post_init__(self) -> None:
         one_of("outputs", self.outputs, OUTPUTS)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether samples and settings are the same."""
+        if not isinstance(other, Prediction):
+            return NotImplemented
+        same = (self.outputs, self.class_dim) == (other.outputs, other.class_dim)
+        return same and self.samples.device == other.samples.device and torch.equal(self.samples, other.samples)
+
+    def __hash__(self) -> int:
+        return hash((self.samples.shape, self.outputs, self.class_dim))
 
     def __repr__(self) -> str:
         return (
@@ -161,15 +171,19 @@ class Prediction:
         return samples if self.outputs == "probabilities" else samples.softmax(-1)
 
     def _class_dim(self) -> int:
-        if (
-            self.samples.dim() < 2
-            or self.samples.shape[self.class_dim if self.class_dim < 0 else self.class_dim + 1] < 2
-        ):
+        """The classes' dimension in `samples`."""
+        shape, dim = tuple(self.samples.shape[1:]), self.class_dim
+        if len(shape) == 1 and dim < 0:
             raise ArgumentError(
-                f"outputs of shape {tuple(self.samples.shape[1:])} have no two classes in dimension {self.class_dim}; "
+                f"outputs of shape {shape} have one dimension, which is the batch's: for one logit of two classes say "
+                "outputs='binary_logits'; for the classes of a single datum, class_dim=0"
+            )
+        if not -len(shape) <= dim < len(shape) or shape[dim] < 2:
+            raise ArgumentError(
+                f"outputs of shape {shape} have no two classes in dimension {dim}; "
                 "for one logit of two classes say outputs='binary_logits'"
             )
-        return self.class_dim if self.class_dim < 0 else self.class_dim + 1
+        return dim if dim < 0 else dim + 1
 
     def probabilities(self) -> Tensor:
         """Predictive probability of each class: the mean of the draws' probabilities, shaped as the network's output.

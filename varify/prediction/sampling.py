@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from varify.errors import positive_int
+from varify.errors import ArgumentError, positive_int
 from varify.network.parameters import Slot
-from varify.network.signature import call_signature, has_hooks
+from varify.network.signature import call_signature, has_hooks, takes
 from varify.network.view import Views
 from varify.prediction.vectorizing import Draws, Theta, autocast_acts, many
+
+# What users write for `n_samples`.
+_OTHER_NAMES = frozenset({"num_samples", "n_sample", "samples", "num_draws", "n_draws", "mc_samples"})
 
 
 class Sampler:
@@ -48,6 +51,9 @@ class Sampler:
             within: from the network that is to run to a context for its call.
         """
         n_samples = positive_int("n_samples", n_samples)
+        for name in _OTHER_NAMES & kwargs.keys():
+            if not takes(self._views.network, name):
+                raise ArgumentError(f"the number of draws is n_samples, got {name}={kwargs[name]!r}")
         network, signature = self._views.network, call_signature(args, kwargs)
         # copied here and not in the first call, which is watched for tensors that stay alive
         buffers: dict[int, Tensor] = {id(buffer): buffer.clone() for buffer in network.buffers()}

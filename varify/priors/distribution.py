@@ -1,4 +1,4 @@
-"""Any factorised torch distribution as a prior."""
+"""Any factorized torch distribution as a prior."""
 
 import copy
 import inspect
@@ -12,11 +12,11 @@ from varify.errors import PriorError, listed
 from varify.priors.registry import register
 from varify.weights.kl import estimated_kl, register_kl
 from varify.weights.posterior import GaussianPosterior
-from varify.weights.prior import Prior, broadcasts, checked_shape, room
+from varify.weights.prior import Prior, broadcasts, checked_shape, refuse_gradients, room
 
 
 @register("distribution")
-class Factorised(Prior):
+class Factorized(Prior):
     """Any `torch.distributions.Distribution` over single weights, independent.
 
     Its class must be one of torch's own and be made of numbers, tensors and other such distributions, so that it can
@@ -87,7 +87,7 @@ class Factorised(Prior):
         return super().at(chosen)
 
     def __repr__(self) -> str:
-        return f"Factorised({self.distribution!r})"
+        return f"Factorized({' '.join(repr(self.distribution).split())})"  # a mixture's is of several lines
 
     def _describe(self, distribution: distributions.Distribution, prefix: str) -> dict[str, Any]:
         name = type(distribution).__name__
@@ -103,6 +103,7 @@ class Factorised(Prior):
             if isinstance(value, distributions.Distribution):
                 description[argument] = self._describe(value, f"{prefix}{argument}_")
             elif isinstance(value, (Real, Tensor)):
+                refuse_gradients(argument, value)
                 tensor = torch.as_tensor(value, dtype=torch.get_default_dtype()) if isinstance(value, Real) else value
                 self.register_buffer(prefix + argument, tensor.detach().clone())
                 description[argument] = list(tensor.shape)
@@ -180,9 +181,9 @@ def _event_dim(kind: type[distributions.Distribution], argument: str) -> int:
 
 
 class _Picked(Prior):
-    """Some weights of a `Factorised` prior whose parameters differ between weights."""
+    """Some weights of a `Factorized` prior whose parameters differ between weights."""
 
-    def __init__(self, whole: Factorised, chosen: Tensor) -> None:
+    def __init__(self, whole: Factorized, chosen: Tensor) -> None:
         super().__init__(whole.n_mc_samples)
         self.whole, self.chosen = whole, chosen
 
@@ -215,8 +216,8 @@ def _is_real_line(distribution: distributions.Distribution) -> bool:
     return isinstance(support, type(distributions.constraints.real))
 
 
-@register_kl(GaussianPosterior, Factorised)
-def _kl_factorised(q: GaussianPosterior, p: Factorised) -> Tensor:
+@register_kl(GaussianPosterior, Factorized)
+def _kl_factorized(q: GaussianPosterior, p: Factorized) -> Tensor:
     prior = p.distribution.expand(q.rho.shape)
     sigma, log_rest = q.floored_sigma()
     try:

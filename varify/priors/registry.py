@@ -10,7 +10,7 @@ from varify.errors import PriorError, listed
 from varify.weights.prior import Prior
 
 P = TypeVar("P", bound=type[Prior])
-# What `set_prior` and `variationalize` take for a prior: a name, a prior, or a factorised distribution.
+# What `set_prior` and `variationalize` take for a prior: a name, a prior, or a factorized distribution.
 PriorLike = str | Prior | distributions.Distribution
 _BY_NAME: dict[str, type[Prior]] = {}
 

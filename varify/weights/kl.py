@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from varify.errors import PriorError
 from varify.weights.prior import Prior
 
 Rule = TypeVar("Rule", bound=Callable[[Any, Any], Tensor])
@@ -46,8 +47,17 @@ def kl_divergence(q: Posterior, p: Prior) -> Tensor:
     for posterior_type in type(q).__mro__:
         for prior_type in type(p).__mro__:
             if (posterior_type, prior_type) in _RULES:
-                return _RULES[posterior_type, prior_type](q, p)
+                return _scalar(_RULES[posterior_type, prior_type](q, p), p)
     return estimated_kl(q, p)
+
+
+def _scalar(kl: Tensor, p: Prior) -> Tensor:
+    if kl.shape:
+        raise PriorError(
+            f"the KL rule of {type(p).__name__} must return a scalar, the divergence of the whole tensor, got shape "
+            f"{tuple(kl.shape)}: add .sum()"
+        )
+    return kl
 
 
 def estimated_kl(q: Posterior, p: Prior) -> Tensor:
@@ -56,5 +66,5 @@ def estimated_kl(q: Posterior, p: Prior) -> Tensor:
     Blundell et al. 2015 (arXiv:1505.05424, eq. 2) with log q integrated out: the entropy is exact. The draws are its
     own, so that neither a forward's draw nor its gradient is touched.
     """
-    log_p = torch.stack([p.log_prob(q.at(q.noise())) for _ in range(p.n_mc_samples)])
+    log_p = torch.stack([p.log_density(q.at(q.noise())) for _ in range(p.n_mc_samples)])
     return -log_p.mean() - q.entropy()

@@ -29,7 +29,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class GaussianPosterior:
-    """q(w) = N(mu, sigma²), factorised, with sigma = softplus(rho).
+    """q(w) = N(mu, sigma²), factorized, with sigma = softplus(rho).
 
     A view: `mu` and `rho` are the live parameters, so what is computed here is differentiable in them.
 
@@ -116,7 +116,7 @@ class GaussianPosterior:
         if not self.rho.numel():  # a prior's density of no weights, such as one by their mean, may be NaN
             return self.rho.sum()
         log_q = -(0.5 * eps.square() + self.log_sigma).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
-        return log_q - self.prior.log_prob(self.at(eps))
+        return log_q - self.prior.log_density(self.at(eps))
 
     def kl_divergence(self) -> Tensor:
         """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""

@@ -35,6 +35,20 @@ class Prior(nn.Module):
         """Log p(w) of the whole tensor: w `(*shape)` to a scalar `()`, nats. A subclass must define it."""
         raise NotImplementedError(f"{type(self).__name__} must define log_prob(w)")
 
+    def log_density(self, w: Tensor) -> Tensor:
+        """`log_prob(w)`, checked to be a scalar `()`.
+
+        Raises:
+            PriorError: it has another shape, whose sum with a scalar would be a divergence for each element.
+        """
+        log_p = self.log_prob(w)
+        if log_p.shape:
+            raise PriorError(
+                f"{type(self).__name__}.log_prob must return a scalar, the log density of the whole tensor, got shape "
+                f"{tuple(log_p.shape)}: add .sum()"
+            )
+        return log_p
+
     def weight_std(self) -> "Tensor | float | None":
         """Standard deviation of one weight, broadcastable to `(*shape)`; None where the prior tells none."""
         return None
@@ -106,6 +120,7 @@ class Prior(nn.Module):
     def keep(self, **hyperparameters: Any) -> None:
         """Check that each is a finite number or tensor, and keep it under its name."""
         for name, value in hyperparameters.items():
+            refuse_gradients(name, value)
             if isinstance(value, Tensor) and value.dim():
                 self.register_buffer(
                     name, value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
@@ -134,6 +149,19 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return f"tensor{tuple(value)}"
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
+
+
+def refuse_gradients(name: str, value: Any) -> None:
+    """Refuse a hyper-parameter that somebody means to learn: it would be saved as a constant.
+
+    Raises:
+        PriorError: `value` requires a gradient.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise PriorError(
+            f"{name} requires a gradient, and hyper-parameters are constants: pass {name}.detach(), and use "
+            "varify.fit_prior to set the std of Gaussian priors"
+        )
 
 
 def room(shape: Any) -> Tensor:
