@@ -420,7 +420,7 @@ ODD_PRIORS = {
     "of vectors": (described({"class": "Dirichlet", "concentration": [3]}), "Dirichlet is of vectors"),
     "a mixture of nothing": (
         described({**MIXTURE, "component_distribution": [2]}),
-        "'distribution' of weight: The Component distribution needs to be an instance",
+        "'distribution' of weight: The Component distribution needs? to be an instance",
     ),
     "a mixture within": (
         described({**MIXTURE, "component_distribution": {"class": "Normal", "loc": HUGE, "scale": []}}),

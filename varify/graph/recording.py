@@ -167,7 +167,7 @@ class Recording(TorchFunctionMode):
             return self.graph.call_function(setattr, (args[0], func.__self__.__name__, args[1]))
         if name in ("__getitem__", "__setitem__"):
             return self.graph.call_function(getattr(operator, name.strip("_")), args)
-        if is_tensor_method_or_property(func):
+        if is_tensor_method_or_property(func) or getattr(Tensor, name, None) is func:  # those written in Python too
             return self.graph.call_method(name, args, kwargs)
         return self.graph.call_function(func, args, kwargs)
 
