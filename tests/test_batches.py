@@ -110,9 +110,9 @@ def test_lengths_over_the_loader_tell_what_the_network_cannot() -> None:
     )
     loader = [((x[i : i + 4], MASK), y[i : i + 4]) for i in (0, 4)]  # four data, then three
     assert_close(fitted(Unused(), loader), expected)
-    told = r"which of inputs\[0\] \(4, 4, 3\), inputs\[1\] \(4, 4\), targets \(4, 2\) have an entry .* say batched="
+    message = r"which of inputs\[0\] \(4, 4, 3\), inputs\[1\] \(4, 4\), targets \(4, 2\) have an entry .* say batched="
     for ambiguous in (loader[:1], iter(loader)):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             fitted(Unused(), ambiguous)
     assert_close(fitted(Unused(), iter(loader), batched=((True, False), True)), expected)
 
@@ -126,14 +126,14 @@ def test_batched_decides_and_is_checked() -> None:
     nlls = [lambda net, i=i: F.mse_loss(net(x[i : i + 1], MASK), y[i : i + 1]) for i in range(4)]
     expected = sigma_by_hand(Masked(), nlls)
     assert_close(fitted(Masked(), by_name, batched=({"mask": False, "x": True}, True)), expected)
-    for batched, told in (
+    for batched, message in (
         ((True, False), "True for no tensor of the targets"),
         (((False, False), True), "True for no tensor of the inputs"),
         (((True,), True), r"batched has \(True,\) for a tuple of 2"),
         (({"x": True}, True), r"batched has \{'x': True\} for a tuple of 2"),
         ("x", "batched has 'x' for a tuple of 2"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             fitted(Masked(), loader, batched=batched)
     with pytest.raises(ValueError, match=r"inputs\[0\] \(4, 4, 3\), inputs\[1\] \(3, 4\) should each have an entry"):
         fitted(Masked(), [((x, MASK[:3]), y)], batched=True)
@@ -255,13 +255,13 @@ def test_a_list_that_is_the_argument_and_one_that_may_be() -> None:
     assert ELBO(num_data=8)(varify.variationalize(Several()), F.mse_loss, [a, b], y).loss.isfinite()
     assert fitted(Several(), [([a, b], y)])["fc.weight"].isfinite().all()
     vnet = varify.variationalize(Optional())
-    told = r"a list of 2, which for Optional\.forward\(a.*, b.*\) may be its first argument or all .* give a tuple"
+    message = r"a list of 2, which for Optional\.forward\(a.*, b.*\) may be its first argument or all .* give a tuple"
     for call in (
         lambda: ELBO(num_data=8)(vnet, F.mse_loss, [a, b], y),
         lambda: varify.fit_sigma(vnet, [([a, b], y)], F.mse_loss, num_data=8),
         lambda: varify.description_length(vnet, [([a, b], y)], F.mse_loss),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             call()
     assert ELBO(num_data=8)(vnet, F.mse_loss, (a, b), y).loss.isfinite()
 

@@ -294,7 +294,7 @@ def by_name_of_a_hook(net: Held) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "told"),
+    ("way", "message"),
     [
         (
             by_name,
@@ -304,10 +304,10 @@ def by_name_of_a_hook(net: Held) -> None:
         (by_name_of_a_hook, r"Held.b._forward_hooks holds .* global variable GLOBAL"),
     ],
 )
-def test_a_global_that_leads_to_the_network_is_refused(way: Callable[[Held], None], told: str) -> None:
+def test_a_global_that_leads_to_the_network_is_refused(way: Callable[[Held], None], message: str) -> None:
     net = holding(way)
     net.a = GLOBAL
-    with pytest.raises(varify.ModelError, match=told):
+    with pytest.raises(varify.ModelError, match=message):
         varify.variationalize(net)
 
 

@@ -211,7 +211,7 @@ def test_gradients_are_unbiased(estimator: str, twice: bool) -> None:
     assert ("it has 2 uses" in str(vnet.summary())) == (twice and estimator == "local")
 
 
-def test_fallbacks_are_told_or_raised() -> None:
+def test_fallbacks_are_reported_or_raised() -> None:
     class Everything(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -225,18 +225,18 @@ def test_fallbacks_are_told_or_raised() -> None:
     assert "local, from the first training call on" in str(vnet.summary())
     x = torch.randn(4, 3)
     vnet(x)
-    told = {row.names[0]: row.estimator for row in vnet.summary().rows}
-    assert told["fc.weight"] == told["fc.bias"] == "local"
-    assert told["scale"] == "weights (local has no rule for div)"
-    assert told["unused"] == "weights (no operation was seen to use it)"
-    assert told["rnn.weight_ih_l0"] == "weights (local has no rule for gru)"
+    reported = {row.names[0]: row.estimator for row in vnet.summary().rows}
+    assert reported["fc.weight"] == reported["fc.bias"] == "local"
+    assert reported["scale"] == "weights (local has no rule for div)"
+    assert reported["unused"] == "weights (no operation was seen to use it)"
+    assert reported["rnn.weight_ih_l0"] == "weights (local has no rule for gru)"
     with pytest.raises(varify.EstimatorError, match=r"strict=True.*scale: local has no rule for div"):
         varify.variationalize(Everything(), estimator="local", strict=True)(x)
     globbed = varify.variationalize(Everything(), estimator={"fc.*": "flipout"}, strict=True)
     globbed(x)
-    told = {row.names[0]: row.estimator for row in globbed.summary().rows}
-    assert told["fc.weight"] == "flipout"
-    assert told["scale"] == told["rnn.weight_ih_l0"] == "weights"
+    reported = {row.names[0]: row.estimator for row in globbed.summary().rows}
+    assert reported["fc.weight"] == "flipout"
+    assert reported["scale"] == reported["rnn.weight_ih_l0"] == "weights"
     assert re.search(r"flipout_linear\(.*Examples\(4, 0, False\), x0, fc_weight, fc_bias\)", globbed.code(x))
 
 
@@ -251,14 +251,14 @@ def test_auto_takes_local_once_per_datum_and_flipout_elsewhere() -> None:
 
     vnet = varify.variationalize(Both(), estimator="auto", strict=True)
     vnet(torch.randn(2, 2, 6))
-    told = {row.names[0]: row.estimator for row in vnet.summary().rows}
-    assert told == {
+    reported = {row.names[0]: row.estimator for row in vnet.summary().rows}
+    assert reported == {
         **dict.fromkeys(("conv.weight", "conv.bias", "over_time.weight", "over_time.bias"), "flipout"),
         **dict.fromkeys(("fc.weight", "fc.bias"), "local"),
     }
 
 
-def test_estimators_serve_in_training_alone_and_travel() -> None:
+def test_estimators_serve_in_training_alone_and_are_saved() -> None:
     vnet, x = variational(OPS["linear"], "local")
     assert not torch.equal(vnet(x[:1].expand(4, 3))[0], vnet(x[:1].expand(4, 3))[1])
     for context in (vnet.sampling, vnet.fixed_draw):
@@ -302,7 +302,7 @@ def test_half_precision_keeps_small_sigmas(dtype: torch.dtype) -> None:
         assert std == pytest.approx(65**0.5 * 1e-4, rel=0.1)
 
 
-def test_a_rule_of_ones_own_is_one_decorated_function() -> None:
+def test_a_custom_rule_is_one_decorated_function() -> None:
     @varify.estimators.rule("local", torch.bmm, of=("mat2",))
     def local_bmm(op: object, input: Tensor, mat2: varify.estimators.Moments) -> Tensor:
         mean, var = torch.bmm(input, mat2.mu), torch.bmm(input**2, mat2.sigma**2)
@@ -319,7 +319,7 @@ def test_a_rule_of_ones_own_is_one_decorated_function() -> None:
     vnet = varify.variationalize(Batched(), estimator="local", strict=True)
     vnet(torch.randn(2, 4, 3)).sum().backward()
     assert vnet.posteriors["w"].rho.grad.any()
-    del varify.estimators._RULES["local", torch.bmm]
+    del varify.estimators.rules._RULES["local", torch.bmm]
 
 
 @pytest.mark.parametrize("way", ["mul", "add"])

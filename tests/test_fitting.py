@@ -99,7 +99,7 @@ def test_bad_fits_change_nothing() -> None:
     fit = varify.fit_sigma
     with pytest.raises(TypeError, match="num_data"):
         fit(vnet, [(x, y)], F.cross_entropy)
-    for loader, criterion, options, told in (
+    for loader, criterion, options, message in (
         ([], F.cross_entropy, {"num_data": 10}, "the loader is empty"),
         ([(x, y)], F.cross_entropy, {"num_data": 9}, "num_data=9, but the loader gave 10"),
         (
@@ -117,7 +117,7 @@ def test_bad_fits_change_nothing() -> None:
         ([(x, y)], lambda o, t: o, {"num_data": 10}, r"must return a scalar, .*, got a tensor of shape \(1, 3\)"),
         ([(x, 3)], F.cross_entropy, {"num_data": 10}, "a batch of targets"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             fit(vnet, loader, criterion, **options)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fit(vnet, [(x[:, :3], y)], F.cross_entropy, num_data=10)
@@ -128,7 +128,7 @@ def test_bad_fits_change_nothing() -> None:
         fit(vnet, [(x, y)], F.cross_entropy, num_data=10)
 
 
-def test_fit_prior_minimises_the_divergence() -> None:
+def test_fit_prior_minimizes_the_divergence() -> None:
     vnet = varify.variationalize(classifier(), init=varify.inits.Normal((0.1, 0.5), (-2.0, 0.5)))
     vnet.set_prior("mixtgauss", sigma_1=1.0, sigma_2=0.1, pi=0.5, where="3.bias")
     fitted = varify.fit_prior(vnet)
@@ -254,6 +254,18 @@ def test_pruned_weights_stay_zero_through_training_and_in_checkpoints() -> None:
     assert copy.deepcopy(vnet).posteriors["0.weight"].fixed is not None
 
 
+def test_reading_a_pruned_network_writes_nothing() -> None:
+    vnet = varify.variationalize(classifier())
+    varify.prune(vnet, 0.5)
+    with torch.no_grad():
+        vnet.module[0].weight.add_(1.0)  # as a momentum does
+    versions = {name: (id(t), t._version) for name, t in (*vnet.named_parameters(), *vnet.named_buffers())}
+    for _ in (vnet.state_dict(), vnet.eval(), vnet.train(), vnet.summary(), vnet.mean_model(), vnet.posteriors):
+        assert {n: (id(t), t._version) for n, t in (*vnet.named_parameters(), *vnet.named_buffers())} == versions
+    found = vnet.mean_model()[0].weight
+    assert torch.equal(found == 0, vnet.posteriors["0.weight"].fixed == PRUNED)
+
+
 def test_pruned_weights_cost_nothing_and_a_fresh_network_can_load_over_them() -> None:
     vnet = varify.variationalize(classifier())
     fresh = copy.deepcopy(vnet.state_dict())
@@ -281,14 +293,14 @@ def test_a_pruning_curve_leaves_the_network_alone() -> None:
 
 def test_bad_pruning() -> None:
     vnet = varify.variationalize(classifier())
-    for arguments, told in (
+    for arguments, message in (
         ({}, "either fraction or threshold"),
         ({"fraction": 0.5, "threshold": 1.0}, "not both"),
         ({"fraction": 1.5}, r"fraction must lie within \[0, 1\], got 1.5"),
         ({"threshold": -1.0}, "threshold must be at least 0, got -1.0"),
         ({"fraction": 0.5, "where": "conv*"}, "matches no parameter"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             varify.prune(vnet, **arguments)
     assert not any(q.fixed is not None for q in vnet.posteriors.values())
 
@@ -318,11 +330,11 @@ def test_description_length_by_hand() -> None:
     assert found.num_data == 5
     assert "all weights" in str(found)
     assert str(found).splitlines()[-1].startswith("total")
-    for loader, n_samples, told in (
+    for loader, n_samples, message in (
         ([], 1, "the loader is empty"),
         ([(tokens, targets)], 0, "n_samples must be a positive"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             varify.description_length(vnet, loader, criterion, n_samples=n_samples)
 
 

@@ -109,7 +109,7 @@ def test_functional_form_under_grad_vmap_and_jvp() -> None:
     found, expected = (torch.func.grad(g)(theta, x, y) for g in (loss, reference))
     torch.testing.assert_close(found, expected)
     each = torch.func.vmap(torch.func.grad(lambda t, a, b: loss(t, a[None], b[None])), (None, 0, 0))(theta, x, y)
-    for i in range(len(x)):  # per-sample gradients, one by one
+    for i in range(len(x)):  # per-sample gradients, sequentially
         one = torch.func.grad(reference)(theta, x[i : i + 1], y[i : i + 1])
         torch.testing.assert_close({n: g[i] for n, g in each.items()}, one)
     tangents = {name: torch.randn_like(w) for name, w in theta.items()}
@@ -117,14 +117,14 @@ def test_functional_form_under_grad_vmap_and_jvp() -> None:
     torch.testing.assert_close(slope, sum((expected[n] * tangents[n]).sum() for n in theta))
 
 
-def test_many_weights_at_once() -> None:
+def test_many_weights_vectorized() -> None:
     vnet = mlp()
     x, _ = data()
     f = vnet.functional(x)
     thetas = [{name: q.rsample().detach() for name, q in vnet.posteriors.items()} for _ in range(3)]
     stacked = {name: torch.stack([t[name] for t in thetas]) for name in thetas[0]}
-    at_once = torch.func.vmap(lambda t: f(t, x))(stacked)
-    torch.testing.assert_close(at_once, torch.stack([f(t, x) for t in thetas]))
+    vectorized = torch.func.vmap(lambda t: f(t, x))(stacked)
+    torch.testing.assert_close(vectorized, torch.stack([f(t, x) for t in thetas]))
 
 
 def test_gradients_of_the_divergence_by_torch_func() -> None:
@@ -163,9 +163,9 @@ def test_clipping_bounds_mu_and_rho_together() -> None:
     vnet = mlp()
     loss_of(vnet, *data()).backward()
     before = torch.cat([p.grad.flatten() for p in vnet.parameters()]).norm()  # type: ignore[union-attr]
-    told = torch.nn.utils.clip_grad_norm_(vnet.parameters(), 0.01)
+    norm = torch.nn.utils.clip_grad_norm_(vnet.parameters(), 0.01)
     after = torch.cat([p.grad.flatten() for p in vnet.parameters()]).norm()  # type: ignore[union-attr]
-    torch.testing.assert_close(told, before)
+    torch.testing.assert_close(norm, before)
     assert after.item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -300,7 +300,7 @@ def test_parametrizing_after_the_conversion_is_refused_with_the_reason() -> None
 
 
 @pytest.mark.parametrize("name", ["cnn", "lstm", "untraceable", "transformer"])
-def test_threads_that_predict_and_run_at_once_get_the_right_answers(name: str) -> None:
+def test_threads_that_predict_and_run_concurrently_get_the_right_answers(name: str) -> None:
     vnet = varify.variationalize(seeded(CASES[name]), init=varify.inits.Constant(1e-3))
     args, kwargs = CASES[name].calls[0]
     with torch.no_grad():
@@ -320,16 +320,16 @@ def test_threads_that_predict_and_run_at_once_get_the_right_answers(name: str) -
             if not torch.allclose(evaluated(*args, **kwargs), mean, atol=1e-6):
                 wrong.append("a forward at the mean")
 
-    _at_once([predicting] * 3, wrong)
+    _concurrently([predicting] * 3, wrong)
     assert not wrong
     assert all(module.training for module in vnet.modules())
     vnet.eval()
-    _at_once([predicting, predicting, partial(at_the_mean, vnet), partial(at_the_mean, vnet)], wrong)
+    _concurrently([predicting, predicting, partial(at_the_mean, vnet), partial(at_the_mean, vnet)], wrong)
     assert not wrong
     assert not vnet.training
 
 
-def _at_once(jobs: list[Callable[[], None]], wrong: list[str]) -> None:
+def _concurrently(jobs: list[Callable[[], None]], wrong: list[str]) -> None:
     def run(job: Callable[[], None]) -> None:
         try:
             with torch.no_grad():
@@ -368,7 +368,7 @@ def test_threads_never_share_a_draw_nor_see_each_others_weights() -> None:
     interval = sys.getswitchinterval()
     try:
         sys.setswitchinterval(1e-5)
-        _at_once([predicting, predicting, looking], wrong)
+        _concurrently([predicting, predicting, looking], wrong)
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
@@ -437,13 +437,13 @@ def test_modes_and_contexts_survive_threads() -> None:
     assert torch.equal(vnet.eval()(x), vnet(x))
 
 
-def test_threads_with_networks_of_their_own() -> None:
+def test_threads_with_separate_networks() -> None:
     vnets = [varify.variationalize(seeded(CASES["untraceable"])) for _ in range(4)]
     x = torch.ones(4, 3)
     expected = copy.deepcopy(vnets[0]).predict(x, n_samples=2).samples.shape
     wrong: list[str] = []
     shapes: list[torch.Size] = []
-    _at_once([lambda v=v: shapes.append(v.predict(x, n_samples=2).samples.shape) for v in vnets], wrong)
+    _concurrently([lambda v=v: shapes.append(v.predict(x, n_samples=2).samples.shape) for v in vnets], wrong)
     assert not wrong
     assert shapes == [expected] * 4
 

@@ -163,6 +163,14 @@ def test_other_names_of_the_number_of_draws_are_told_its_name() -> None:
     assert varify.variationalize(Takes(4, 3)).predict(torch.ones(2, 4), num_samples=3).samples.shape == (32, 2, 3)
 
 
+def test_a_parameter_that_was_deleted_is_named() -> None:
+    vnet = vnet_of()
+    vnet.prior_loss()
+    del vnet.module[0].weight
+    with pytest.raises(varify.StructureError, match="the parameter 'weight' was deleted"):
+        vnet.prior_loss()
+
+
 def test_predictions_compare() -> None:
     samples = torch.randn(3, 2, 4)
     one = Prediction(samples)

@@ -253,7 +253,7 @@ def test_vectorising_runs_the_network_once_a_chunk(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nn.Sequential, "forward", lambda self, *a: calls.append(1) or original(self, *a))
     monkeypatch.setattr(
         vectorizing,
-        "BYTES_AT_ONCE",
+        "CHUNK_BYTES",
         8 * vectorizing._bytes(vnet.sample_model().state_dict()),
     )
     torch.manual_seed(0)

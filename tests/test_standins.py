@@ -29,13 +29,13 @@ def seeded(seed: int = 0) -> None:
     torch.manual_seed(seed)
 
 
-def told(vnet: varify.VariationalModule) -> dict[str, str]:
+def reported(vnet: varify.VariationalModule) -> dict[str, str]:
     return {row.names[0]: row.estimator for row in vnet.summary().rows}
 
 
 def served(vnet: varify.VariationalModule) -> set[str]:
     """The parameters that were not drawn."""
-    return {name for name, estimator in told(vnet).items() if estimator in ("local", "flipout")}
+    return {name for name, estimator in reported(vnet).items() if estimator in ("local", "flipout")}
 
 
 def gradients(vnet: nn.Module) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def test_a_weight_drawn_late_within_a_checkpoint(estimator: str, first: bool) ->
         output = vnet(x)
         output.square().sum().backward()
         found.append((output.detach(), gradients(vnet)))
-        assert "sinh" in told(vnet)["layers.0.weight"]
+        assert "sinh" in reported(vnet)["layers.0.weight"]
     torch.testing.assert_close(found[0][0], found[1][0])
     assert_same(found[0][1], found[1][1])
 
@@ -237,7 +237,7 @@ def test_the_call_as_a_whole_in_a_checkpoint(estimator: str) -> None:
 
 
 class Odd(nn.Module):
-    """Meets its weights by operations without a rule, when told to."""
+    """Uses its weights in operations without a rule, on demand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -347,7 +347,7 @@ def test_functions_that_torch_functions_do_not_see_get_a_drawn_weight(
         sigma_slope = 1 - torch.exp(-vnet.posteriors["weight"].sigma.detach())
         torch.testing.assert_close(found["rho.weight"], expected * eps * sigma_slope, rtol=1e-3, atol=1e-3)
         assert output.shape == (3, 2)
-    assert told(vnet)["weight"].startswith("weights (")
+    assert reported(vnet)["weight"].startswith("weights (")
     assert {"head.weight", "head.bias"} <= served(vnet)
 
 
@@ -361,7 +361,7 @@ def test_a_transform_within_forward(estimator: str) -> None:
         grads = gradients(vnet)
         assert grads["module.weight"].abs().sum() > 0
         assert grads["rho.weight"].abs().sum() > 0
-    assert told(vnet)["weight"].startswith("weights (")
+    assert reported(vnet)["weight"].startswith("weights (")
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -611,7 +611,7 @@ def test_layers_dropped_at_random(estimator: str) -> None:
             output.sum().backward()
         assert vnet.module.calls == i
     assert all(
-        "weights (" in told(vnet)[f"layers.{i}.weight"] or f"layers.{i}.weight" in served(vnet) for i in range(6)
+        "weights (" in reported(vnet)[f"layers.{i}.weight"] or f"layers.{i}.weight" in served(vnet) for i in range(6)
     )
 
 
@@ -793,7 +793,7 @@ def test_normalized_weights(estimator: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["weights", "auto"])
-def test_threads_that_train_and_predict_at_once(estimator: str) -> None:
+def test_threads_that_train_and_predict_concurrently(estimator: str) -> None:
     class Stateful(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -860,7 +860,7 @@ def test_a_network_that_calls_itself(estimator: str) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["weights", *ESTIMATORS])
-def test_a_call_of_the_whole_within_a_hook_has_a_draw_of_its_own(estimator: str) -> None:
+def test_a_call_of_the_whole_within_a_hook_has_its_own_draw(estimator: str) -> None:
     seeded()
     network = nn.Sequential(nn.Linear(1, 1, bias=False))
     vnet = varify.variationalize(network, init=inits.Constant(1.0), estimator=estimator)
@@ -967,7 +967,7 @@ def test_an_error_in_the_recorded_call_is_the_users_own(estimator: str) -> None:
         last = caught.traceback[-1]
         assert last.name == "forward"
         assert str(last.path) == __file__
-    assert "from the first training call on" in told(vnet)["fc.weight"]
+    assert "from the first training call on" in reported(vnet)["fc.weight"]
     vnet.module.fails = False
     for fails in (False, False, True, False):
         vnet.module.fails = fails
@@ -1027,7 +1027,7 @@ def test_per_sample_gradients(estimator: str, planned: bool) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["weights", *ESTIMATORS])
-def test_per_sample_gradients_with_noises_of_their_own(estimator: str) -> None:
+def test_per_sample_gradients_with_separate_noises(estimator: str) -> None:
     """One weight, input 1: the gradient of the output by rho is the sample's own noise."""
     seeded()
     vnet = varify.variationalize(nn.Linear(1, 1, bias=False), estimator=estimator, init=inits.Constant(1.0))
@@ -1397,4 +1397,4 @@ def test_an_examples_outputs_have_the_joint_moments_of_drawn_weights(name: str, 
     for a, b in zip(found, drawn, strict=True):
         error = ((a.var(0) + b.var(0)) / ROUNDS).sqrt().clamp_min(1e-9)
         assert ((a.mean(0) - b.mean(0)) / error).abs().max() < LIMIT
-    assert len(served(vnet)) >= len(vnet.posteriors) / 2, told(vnet)
+    assert len(served(vnet)) >= len(vnet.posteriors) / 2, reported(vnet)

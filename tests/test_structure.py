@@ -1,6 +1,7 @@
 """The tree shows the architecture: imports go down only, and no file or class grows beyond what can be read at once."""
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -90,6 +91,26 @@ def test_the_core_needs_torch_and_numpy_alone_and_experiments_use_public_names()
             outside = {m.split(".")[0] for m in imports(path)} - allowed
             optional = {"safetensors"} if path.stem == "serialization" else set()
             assert not outside - optional, f"{path.name} imports {outside}"
+
+
+@pytest.mark.parametrize("name", ["varify", *(f"varify.{n}" for n in ("estimators", "graph", "inits", "priors"))])
+def test_public_modules_say_what_is_public(name: str) -> None:
+    module = importlib.import_module(name)
+    listed = module.__all__
+    assert sorted(set(listed)) == sorted(listed)
+    assert all(hasattr(module, one) for one in listed)
+    for one in listed:
+        found = getattr(module, one)
+        assert found.__doc__ or not callable(found), one
+
+
+def test_every_refusal_is_an_error_of_varifys() -> None:
+    plain = {"ValueError", "TypeError", "KeyError", "FileNotFoundError", "IndexError"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                internal = path.stem == "vectorizing"  # they are caught a few lines on
+                assert node.exc.func.id not in plain or internal, f"{path}:{node.lineno}"
 
 
 def classes(path: Path) -> Iterator[ast.ClassDef]:

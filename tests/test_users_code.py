@@ -130,7 +130,7 @@ def predict(vnet: varify.VariationalModule) -> None:
     vnet.predict(torch.randn(5, 3), n_samples=4)
 
 
-def predict_at_once(vnet: varify.VariationalModule) -> None:
+def predict_vectorized(vnet: varify.VariationalModule) -> None:
     vnet.predict(torch.randn(5, 3), n_samples=4, vectorize=True)
 
 
@@ -147,7 +147,7 @@ def describe(vnet: varify.VariationalModule) -> None:
     varify.description_length(vnet, [(torch.randn(5, 3), torch.randn(5, 4))], F.mse_loss, n_samples=4)
 
 
-WAYS = [predict, predict_at_once, fit_sigma, fit_by_ggn, describe]
+WAYS = [predict, predict_vectorized, fit_sigma, fit_by_ggn, describe]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -344,7 +344,7 @@ def test_autocast_is_the_networks_own(build: Build, dtype: torch.dtype | None, e
         torch.testing.assert_close(output, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
 
 
-def test_after_autocast_predictions_are_at_once_again() -> None:
+def test_after_autocast_predictions_are_vectorized_again() -> None:
     vnet, x = varify.variationalize(ByType()), torch.randn(2, 5, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert not vnet.predict(x, n_samples=3).vectorized
@@ -450,7 +450,7 @@ def test_a_validation_without_gradients_leaves_estimators_alone(strict: bool) ->
     assert output.std(0).min() > 0
 
 
-# --- random generators of one's own
+# --- custom random generators
 
 NUMPY, PYTHON = np.random.default_rng(0), random.Random(0)
 
@@ -488,7 +488,7 @@ class ByTheGlobalOnes(Layer):
 
 
 @pytest.mark.parametrize("build", [ByNumpys, ByPythons, ByAHelpers, ByTheGlobalOnes])
-def test_every_forward_and_every_draw_has_a_random_number_of_its_own(build: Build) -> None:
+def test_every_forward_and_every_draw_has_its_own_random_number(build: Build) -> None:
     x = torch.randn(2, 3)
     for estimator in ("weights", "auto"):
         vnet = varify.variationalize(build(), estimator=estimator)
@@ -498,7 +498,7 @@ def test_every_forward_and_every_draw_has_a_random_number_of_its_own(build: Buil
         assert len(set(found)) == len(found) == 22
 
 
-def test_predictions_are_at_once_where_nothing_speaks_against_it() -> None:
+def test_predictions_are_vectorized_where_nothing_prevents_it() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
     vnet, x = varify.variationalize(net), torch.randn(5, 3)
     for _ in range(2):

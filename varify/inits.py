@@ -9,6 +9,19 @@ from torch import Tensor
 from varify.errors import InitError, listed, positive_number
 from varify.weights.posterior import softplus_inverse
 
+__all__ = [
+    "Constant",
+    "Init",
+    "InitLike",
+    "Moped",
+    "Normal",
+    "Relative",
+    "ZeroMean",
+    "as_init",
+    "register",
+    "softplus_inverse",
+]
+
 
 class Init:
     """mu and rho of one parameter from its value and the scale of its prior."""

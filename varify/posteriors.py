@@ -154,12 +154,19 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         )
 
     def now(self) -> dict[str, GaussianPosterior]:
-        """The posteriors by first name: those of before, where no tensor and no prior was replaced."""
+        """The posteriors by first name: those of before, where no tensor and no prior was replaced.
+
+        Raises:
+            StructureError: a parameter was deleted from its module.
+        """
         pairs = self._pairs
-        if pairs is None or not all(t.holds(q) for t, q in zip(self._tables, pairs.values(), strict=True)):
-            # in two steps, since other threads read it
-            pairs = {name: tables.pair() for name, tables in zip(self.slots, self._tables, strict=True)}
-            self._pairs = pairs
+        try:
+            if pairs is None or not all(t.holds(q) for t, q in zip(self._tables, pairs.values(), strict=True)):
+                # in two steps, since other threads read it
+                pairs = {name: tables.pair() for name, tables in zip(self.slots, self._tables, strict=True)}
+                self._pairs = pairs
+        except KeyError as error:
+            raise StructureError(f"the parameter {error} was deleted from vnet.module after the conversion") from None
         return pairs
 
     # --- a mapping

@@ -67,7 +67,13 @@ def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: st
 
 
 @torch.no_grad()
-def outputs_of_draws(vnet: Any, args: Any, kwargs: Any, n_samples: int, vectorize: bool | None = None) -> Draws:
+def outputs_of_draws(
+    vnet: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    n_samples: int,
+    vectorize: bool | None = None,
+) -> Draws:
     """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
     with gathered(vnet):
         engine = vnet.engine

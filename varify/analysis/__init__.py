@@ -1,1 +1,1 @@
-"""What can be done with a trained variational network."""
+"""Analyses of a trained variational network."""

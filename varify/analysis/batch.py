@@ -1,4 +1,4 @@
-"""A batch, flattened to its tensors, and cut to single data."""
+"""A batch, flattened to its tensors and split into single data."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from varify.errors import ArgumentError
 from varify.objective.arguments import has_length, unpack
 
 INPUTS, TARGETS = "inputs", "targets"
-SAY = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"
+HINT = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"
 Leaves = frozenset[int]
 
 
@@ -21,9 +21,9 @@ class Batch:
 
     Attributes:
         leaves: of (args, kwargs, targets).
-        spec: what makes these of leaves again.
-        entries: of each leaf, how many entries of its first dimension belong to one datum: 1, or the number of tokens
-            of flattened targets; 0 if the leaf belongs to all data together.
+        spec: to unflatten leaves.
+        entries: by leaf, how many entries of its first dimension belong to one datum: 1, or the number of tokens in
+            flattened targets; 0 if the leaf belongs to the batch as a whole.
         size: number of data.
     """
 
@@ -33,12 +33,12 @@ class Batch:
     size: int
 
     def columns(self) -> list[Any]:
-        """The leaves, those that belong to single data as `(size, entries, ...)`."""
+        """The leaves; those with entries for each datum as `(size, entries, ...)`."""
         pairs = zip(self.leaves, self.entries, strict=True)
         return [x if not n else x.unsqueeze(1) if n == 1 else x.unflatten(0, (self.size, n)) for x, n in pairs]
 
     def datum(self, i: int) -> Any:
-        """(args, kwargs, targets) of a batch with datum `i` alone."""
+        """(args, kwargs, targets) of a batch of datum `i` alone."""
         return self.of([x[i] if n else x for x, n in zip(self.columns(), self.entries, strict=True)])
 
     def of(self, leaves: Iterable[Any]) -> Any:
@@ -48,29 +48,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class Flat:
-    """A batch, flattened to the leaves of (args, kwargs, targets), of which `n_inputs` are of the inputs."""
+    """A batch, flattened to the leaves of (args, kwargs, targets); the first `n_inputs` are inputs."""
 
     leaves: list[Any]
     spec: Any
     n_inputs: int
-    given: Any  # (inputs, targets)
+    pair: Any  # (inputs, targets)
 
     @classmethod
     def of(cls, network: nn.Module, inputs: Any, targets: Any) -> "Flat":
-        """A batch of a loader, for a network that takes its inputs."""
+        """Flatten a loader's batch as the inputs of `network` and the targets."""
         args, kwargs = unpack(inputs, network)
         leaves, spec = pytree.tree_flatten((args, kwargs, _plain(targets)))
         return cls(leaves, spec, len(pytree.tree_leaves((args, kwargs))), (_plain(inputs), _plain(targets)))
 
     @property
     def key(self) -> Any:
-        """Batches that have it in common are made alike."""
+        """A hashable key of the batch's structure, under which findings hold for other batches."""
         return repr(self.spec), tuple(has_length(x) for x in self.leaves)
 
     @property
     def names(self) -> list[str]:
-        """Of the leaves, as `inputs[0]`."""
-        paths, _ = pytree.tree_flatten_with_path(self.given)
+        """Names of the leaves, such as `inputs[0]`."""
+        paths, _ = pytree.tree_flatten_with_path(self.pair)
         parts = [INPUTS] * self.n_inputs + [TARGETS] * (len(self.leaves) - self.n_inputs)
         return [part + pytree.keystr(path[1:]) for part, (path, _) in zip(parts, paths, strict=True)]
 
@@ -79,26 +79,26 @@ class Flat:
         return [i for i, x in enumerate(self.leaves) if has_length(x) and (i < self.n_inputs) == (part == INPUTS)]
 
     def size(self, chosen: Leaves) -> int:
-        """The length that the tensors of the inputs among `chosen` have."""
+        """The length that the inputs among `chosen` share."""
         lengths = {i: len(self.leaves[i]) for i in sorted(chosen) if i < self.n_inputs}
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{self.names[i]} {tuple(self.leaves[i].shape)}" for i in lengths)
-            raise ArgumentError(f"{told} should each have an entry for each datum, but their lengths differ; {SAY}")
+            tensors = ", ".join(f"{self.names[i]} {tuple(self.leaves[i].shape)}" for i in lengths)
+            raise ArgumentError(f"{tensors} should each have an entry for each datum, but their lengths differ; {HINT}")
         return next(iter(lengths.values()))
 
     def batch(self, chosen: Leaves) -> Batch:
-        """With `chosen` cut into as many data as the inputs have."""
+        """The batch with `chosen` split into as many data as the inputs have."""
         size = self.size(chosen)
         for i in sorted(chosen):
             if not len(self.leaves[i]) or len(self.leaves[i]) % size:
-                told = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
-                raise ArgumentError(f"{told} can't be cut into {size} data, as many as there are in the inputs; {SAY}")
+                tensor = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
+                raise ArgumentError(f"{tensor} can't be cut into {size} data, as many as the inputs have; {HINT}")
         entries = [len(x) // size if i in chosen else 0 for i, x in enumerate(self.leaves)]
         return Batch(self.leaves, self.spec, entries, size)
 
 
 def spread(batched: Any, tree: Any) -> Iterator[bool]:
-    """A boolean for each leaf of `tree`, from a tree of them that may stop early."""
+    """A boolean for each leaf of `tree`, from a tree of booleans of which one may stand for a whole part."""
     tree = _plain(tree)
     if isinstance(batched, bool):
         yield from [batched] * len(pytree.tree_leaves(tree))
@@ -110,9 +110,9 @@ def spread(batched: Any, tree: Any) -> Iterator[bool]:
             yield from spread(flag, part)
     else:
         what = f"{type(tree).__name__} of {len(tree)}" if isinstance(tree, (dict, tuple, list)) else type(tree).__name__
-        raise ArgumentError(f"batched has {batched!r} for a {what}; {SAY}")
+        raise ArgumentError(f"batched has {batched!r} for a {what}; {HINT}")
 
 
 def _plain(tree: Any) -> Any:
-    """A mapping of another kind as a dict, which can be flattened."""
+    """A mapping as a dict, which pytree can flatten; anything else unchanged."""
     return dict(tree) if isinstance(tree, Mapping) else tree

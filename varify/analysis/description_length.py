@@ -1,4 +1,4 @@
-"""Description length: what it takes to send the weights and, with them, the labels.
+"""Description length: bits to transmit the weights and, given these, the labels.
 
 Hinton & van Camp 1993; Honkela & Valpola 2004 (bits back); Graves 2011. The sum is the variational free energy.
 """
@@ -20,12 +20,12 @@ from varify.within import outputs_of_draws
 
 @dataclass(frozen=True)
 class DescriptionLength:
-    """Bits to send the weights under the prior, getting those of the posterior's randomness back, and the data.
+    """Bits of the weights under the prior, less those that the posterior's randomness gives back, and of the data.
 
     Attributes:
-        weights: KL/ln 2 by parameter name; of a variational module within the network, after that module's name.
+        weights: KL/ln 2 by parameter name, which has the module's name before it for a variational module within.
         data: of all labels given the inputs, expected under the posterior.
-        num_data: how many.
+        num_data: number of data.
     """
 
     weights: dict[str, float]
@@ -61,13 +61,13 @@ def description_length(
     """The code length of weights and data.
 
     Args:
-        vnet: in eval mode meanwhile.
-        loader: of (inputs, targets), inputs as for `ELBO`: each datum once. A batch has as many data as its inputs
+        vnet: run in eval mode.
+        loader: of (inputs, targets), inputs as for `ELBO`, with each datum once. A batch has as many data as its inputs
             have entries in their first dimension.
         criterion: `(output, targets)` to the negative log likelihood of a datum, mean over the batch, nats. Where a
             datum has several labels, such as tokens, it must sum over these, or they count as one.
-        n_samples: draws of the weights that the expectation over the posterior is estimated with.
-        batched: as for `fit_sigma`; asked for where inputs differ in length, and running the network can't tell which
+        n_samples: number of weight draws to estimate the expectation over the posterior.
+        batched: as for `fit_sigma`; needed where inputs differ in length and running the network does not show which
             have an entry for each datum.
 
     Raises:
@@ -90,9 +90,9 @@ def description_length(
 
 
 def _divergences(vnet: VariationalModule) -> dict[str, float]:
-    """KL by parameter name, nats, with those of the variational modules within."""
-    found = {name: float(kl) for name, kl in vnet.kl_divergence().items()}
+    """KL by parameter name, nats, including variational modules within the network."""
+    nats = {name: float(kl) for name, kl in vnet.kl_divergence().items()}
     for path, part in vnet.module.named_modules():
         if isinstance(part, VariationalModule):
-            found |= {f"{path}.{name}": float(kl) for name, kl in part.kl_divergence().items()}
-    return found
+            nats |= {f"{path}.{name}": float(kl) for name, kl in part.kl_divergence().items()}
+    return nats

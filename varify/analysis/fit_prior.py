@@ -1,4 +1,4 @@
-"""The scale of Gaussian priors from the posteriors, in closed form."""
+"""Fit the std of Gaussian priors to the posteriors, in closed form."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,20 @@ from varify.weights.posterior import GaussianPosterior
 
 @torch.no_grad()
 def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> dict[str, float]:
-    """Set the std of Gaussian priors to what maximises the ELBO: empirical Bayes, one number a parameter tensor.
+    """Set the std of Gaussian priors to maximize the ELBO: empirical Bayes, one number per parameter tensor.
 
-    std² = mean of (mu − m)² + sigma², m the prior's mean. Call it once, or now and then as training goes.
+    std² = mean of (mu − m)² + sigma², with m the prior's mean. Call it once, or now and then during training.
 
     Args:
-        vnet: its parameters with another prior keep that.
+        vnet: changed in place. Parameters with another prior keep that.
         where: glob, or several, on parameter names.
 
     Returns:
-        The new std by parameter name; those of which no weight is free keep theirs, and are left out.
+        The new std by parameter name, without parameters of which no weight is free: they keep their prior.
 
     Raises:
         SelectionError: `where` matches nothing.
-        PriorError: nothing that it matches has a Gaussian prior.
+        PriorError: no matching parameter has a Gaussian prior.
     """
     posteriors = dict(vnet.posteriors)
     matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
@@ -35,7 +35,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     fitted, new = {}, {}
     for name in matched:
         q = posteriors[name].free()
-        if not q.rho.numel():  # pruned as a whole: there is nothing to fit to
+        if not q.rho.numel():  # no weight is free: there is nothing to fit to
             continue
         prior = q.prior
         assert isinstance(prior, Gaussian)
@@ -49,6 +49,6 @@ def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:
     """The Gaussian prior of `q` with another std."""
     assert isinstance(q.prior, Gaussian)
     try:
-        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan_in matters without a std alone
+        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan-in is used only if there is no std
     except PriorError as error:
         raise PriorError(f"{name}: {error}") from None

@@ -1,4 +1,4 @@
-"""Posteriors and priors from data or from the means alone, without gradient descent."""
+"""Fit the sigmas of a trained network to the curvature of its loss: the diagonal Laplace approximation."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,8 +18,8 @@ from varify.weights.posterior import GaussianPosterior, softplus_inverse
 Weights = dict[str, Tensor]
 Squares = dict[str, Tensor]
 CURVATURES = ("fisher", "ggn")
-# Gradients of as many data at once as fit in this much memory.
-BYTES_AT_ONCE = 2**26
+# Data are vectorized in chunks whose gradients take at most this many bytes.
+CHUNK_BYTES = 2**26
 
 
 def fit_sigma(
@@ -32,29 +32,29 @@ def fit_sigma(
     temperature: float = 1.0,
     batched: Any = None,
 ) -> None:
-    r"""Set each sigma from the curvature of the loss at the means: a checkpoint becomes a Bayesian network untrained.
+    r"""Set each sigma from the curvature of the loss at the means: a trained network becomes Bayesian without training.
 
     $1/\sigma^2 = N F + 1/\mathrm{var}_p$, with N = num_data, F the mean over the data of the diagonal of the
-    empirical Fisher, $(\partial \mathrm{nll}_n/\partial w)^2$, or of the generalised Gauss-Newton matrix, and
+    empirical Fisher, $(\partial \mathrm{nll}_n/\partial w)^2$, or of the generalized Gauss-Newton matrix, and
     var_p the prior's variance: the diagonal Laplace approximation (MacKay 1992; Daxberger et al. 2021,
     arXiv:2106.14806). The means stay. One pass over the data, in eval mode.
 
     Args:
-        vnet: its parameters with a mask of fixed weights keep that.
+        vnet: changed in place. Masks of fixed weights stay.
         loader: of (inputs, targets), inputs as for `ELBO`.
         criterion: `(output, targets)` to a mean over the batch.
-        num_data: size of the training set; the loader may give fewer data, which then stand for all.
+        num_data: size of the training set; the loader may have fewer data, as a sample of it.
         curvature: "fisher" takes one backward pass per datum; "ggn" one per output, and needs a network with one
             output tensor and a criterion that is convex in it.
         temperature: multiplies all variances; below 1 the posterior is colder.
         batched: which tensors have an entry for each datum in their first dimension: booleans in the structure of
-            (inputs, targets), one for a whole part if it is alike, such as `((True, False), True)` for
-            `((x, mask), y)`. Found out by default, by running the network on single data. Flattened targets have
-            several entries for each datum, one after another.
+            (inputs, targets), where one may stand for a whole part, such as `((True, False), True)` for
+            `((x, mask), y)`. By default it is found by running the network on single data. Flattened targets have
+            several adjacent entries for each datum.
 
     Raises:
         ArgumentError: an empty loader, more data than num_data, a criterion without a scalar, an unknown curvature, or
-            tensors of which it is unknown whether they have an entry for each datum.
+            tensors of which it is ambiguous whether they have an entry for each datum.
         PriorError: a prior has no variance.
     """
     num_data = positive_int("num_data", num_data)
@@ -85,11 +85,11 @@ def _curvature(
     curvature: str,
     splitter: Splitter,
 ) -> tuple[Squares, int]:
-    """Sum over the data of the squares, by parameter, and how many data there were."""
-    # not mu itself, which momentum may have moved where a weight is pruned
+    """The sum of squares over the data, by parameter, and the number of data."""
+    # not mu itself: momentum may have moved it where a weight is pruned
     means = {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
-    seen, of_one = 0, _OfOne(vnet, criterion, curvature)
+    seen, squares_of = 0, _Squares(vnet, criterion, curvature)
     for inputs, targets in loader:
         batch = splitter.split(inputs, targets)
         if not batch.size:
@@ -97,7 +97,7 @@ def _curvature(
         seen += batch.size
         if seen > num_data:
             raise ArgumentError(f"num_data={num_data}, but the loader gave {seen} data already")
-        for square in _over_data(of_one, means, batch):
+        for square in _over_data(squares_of, means, batch):
             for name in total:
                 total[name] += square[name]
     if not seen:
@@ -105,8 +105,8 @@ def _curvature(
     return total, seen
 
 
-class _OfOne:
-    """From weights and a batch of one, (args, kwargs, targets), to the squares by parameter."""
+class _Squares:
+    """Squared derivatives by parameter, from weights and a batch of one datum: (args, kwargs, targets)."""
 
     def __init__(self, vnet: VariationalModule, criterion: Criterion, curvature: str) -> None:
         self._engine, self._criterion = vnet.engine, criterion
@@ -114,31 +114,31 @@ class _OfOne:
         self._keeps: bool | None = None
 
     def keeps(self, theta: Weights, one: Any) -> bool:
-        """Whether the network keeps tensors of a call, in a list or by a hook; those of a transform are of no use."""
+        """Whether the network stores tensors of a call, by a hook for example; those of a transform are invalid."""
         if self._keeps is None:
             _, self._keeps = watched(lambda theta: self._output(theta, one), theta)
         return self._keeps
 
     def transformed(self, theta: Weights, one: Any) -> Squares:
-        """By torch.func, such that it can be vectorized."""
+        """The squares by torch.func, which can be vectorized."""
         if self._fisher:
             gradients = grad(lambda w: self._loss(self._output(w, one), one))(theta)
             return {name: g.square() for name, g in gradients.items()}
-        found, pull_back = vjp(lambda w: self._output(w, one), theta)  # type: ignore[misc]
-        (columns,) = torch.func.vmap(pull_back)(self._roots(found, one))
+        output, pull_back = vjp(lambda w: self._output(w, one), theta)  # type: ignore[misc]
+        (columns,) = torch.func.vmap(pull_back)(self._roots(output, one))
         return {name: c.square().sum(0) for name, c in columns.items()}
 
     @torch.enable_grad()
     def alone(self, theta: Weights, one: Any) -> Squares:
-        """The same by torch.autograd, which takes every network that trains."""
+        """The squares by torch.autograd, which works for every network that trains."""
         leaves = {name: t.detach().requires_grad_() for name, t in theta.items()}
-        found = self._output(leaves, one)
-        found = self._loss(found, one) if self._fisher else found
+        output = self._output(leaves, one)
+        value = self._loss(output, one) if self._fisher else output
         squares = {name: torch.zeros_like(t) for name, t in theta.items()}
-        roots = torch.ones((1,)).to(found) if self._fisher else self._roots(found, one)
-        for root in roots if found.requires_grad else ():
+        roots = torch.ones((1,)).to(value) if self._fisher else self._roots(output, one)
+        for root in roots if value.requires_grad else ():
             gradients = torch.autograd.grad(
-                found, list(leaves.values()), root, retain_graph=True, allow_unused=True, materialize_grads=True
+                value, list(leaves.values()), root, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             squares = {name: squares[name] + g.square() for name, g in zip(leaves, gradients, strict=True)}
         return squares
@@ -147,36 +147,37 @@ class _OfOne:
         args, kwargs, _ = one
         return self._engine.call_with(theta, args, kwargs, training=False)
 
-    def _loss(self, found: Any, one: Any) -> Tensor:
-        return scalar(self._criterion(found, one[2]))
+    def _loss(self, output: Any, one: Any) -> Tensor:
+        return scalar(self._criterion(output, one[2]))
 
-    def _roots(self, found: Any, one: Any) -> Tensor:
+    def _roots(self, output: Any, one: Any) -> Tensor:
         """The columns of L, with H = L Lᵀ the Hessian of the loss, so that diag(Jᵀ H J) sums squares of Jᵀ L's rows."""
-        if not isinstance(found, Tensor):
-            raise ArgumentError(f"curvature='ggn' needs a network with one output tensor, not a {type(found).__name__}")
-        second = jacrev(jacrev(lambda y: self._loss(y, one)))(found.detach())
-        values, vectors = torch.linalg.eigh(second.reshape(found.numel(), found.numel()))
-        roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *found.shape)
+        if not isinstance(output, Tensor):
+            kind = type(output).__name__
+            raise ArgumentError(f"curvature='ggn' needs a network with one output tensor, got a {kind}; take 'fisher'")
+        second = jacrev(jacrev(lambda y: self._loss(y, one)))(output.detach())
+        values, vectors = torch.linalg.eigh(second.reshape(output.numel(), output.numel()))
+        roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *output.shape)
         return roots
 
 
-def _over_data(of_one: _OfOne, means: Weights, batch: Batch) -> Iterator[Squares]:
-    """Sums over parts of the batch: vectorized where the operations allow it, else one datum at a time."""
-    if batch.size == 1 or of_one.keeps(means, batch.datum(0)):
+def _over_data(squares_of: _Squares, means: Weights, batch: Batch) -> Iterator[Squares]:
+    """Sums of squares over parts of the batch: vectorized where the operations allow it, else datum by datum."""
+    if batch.size == 1 or squares_of.keeps(means, batch.datum(0)):
         for i in range(batch.size):
-            yield of_one.alone(means, batch.datum(i))
+            yield squares_of.alone(means, batch.datum(i))
         return
     columns, dims = batch.columns(), [0 if n else None for n in batch.entries]
 
     def of_row(*row: Any) -> Squares:
-        return of_one.transformed(means, batch.of(row))
+        return squares_of.transformed(means, batch.of(row))
 
-    chunk = max(1, BYTES_AT_ONCE // max(1, sum(4 * mu.numel() for mu in means.values())))
+    chunk = max(1, CHUNK_BYTES // max(1, sum(4 * mu.numel() for mu in means.values())))
     for start in range(0, batch.size, chunk):
         rows = [x[start : start + chunk] if dim == 0 else x for x, dim in zip(columns, dims, strict=True)]
         try:
             squares = vectorized(of_row, tuple(dims))(*rows)
             yield {name: square.sum(0) for name, square in squares.items()}
-        except Exception:  # no batching rule; an error of the user's own comes again below
+        except Exception:  # no batching rule, or an error of the user's, which is raised again below
             for i in range(start, min(start + chunk, batch.size)):
-                yield of_one.alone(means, batch.datum(i))
+                yield squares_of.alone(means, batch.datum(i))

@@ -1,4 +1,4 @@
-"""Leaving out the weights that the posterior can do without: those with the least signal to noise, |mu|/sigma.
+"""Prune the weights with the lowest signal-to-noise ratio |mu|/sigma.
 
 Graves 2011, Practical Variational Inference for Neural Networks; Blundell et al. 2015, arXiv:1505.05424, section 5.1.
 """
@@ -25,26 +25,29 @@ def prune(
     threshold: float | None = None,
     where: str | Sequence[str] = "*",
 ) -> float:
-    """Set the weights with the lowest signal to noise to 0, for good: in draws, in further training, in its state dict.
+    """Set the weights with the lowest signal-to-noise ratio to 0 permanently: in draws, training and the state dict.
 
-    Momentum may move their means for a while; whatever reads these (eval, `state_dict`, `mean_model`, `varify.save`)
-    has them at 0.
+    An optimizer's momentum may move their parameters for a while. Whatever reads the means through `vnet` has them at
+    0: a forward in eval mode, `vnet.state_dict`, `mean_model`, `varify.save`. For the plain network take
+    `vnet.mean_model()`, and not `vnet.module`, whose parameters are what the optimizer left.
 
     Args:
         vnet: changed in place.
-        fraction: share of the weights to be 0 afterwards, those pruned before included, within [0, 1].
-        threshold: in place of a fraction: all with |mu|/sigma below it.
-        where: glob, or several, on the names of the parameters to choose among.
+        fraction: share of the weights to be 0 afterwards, including those pruned before, within [0, 1].
+        threshold: instead of a fraction: prune all weights with |mu|/sigma below it.
+        where: glob, or several, on the names of the parameters to prune.
 
     Returns:
         The share of the weights that are pruned now, of the parameters that `where` matches.
 
     Raises:
-        ArgumentError: neither or both of fraction and threshold, or one that can't be.
+        ArgumentError: neither or both of fraction and threshold, or one out of range.
         SelectionError: `where` matches nothing.
     """
     if (fraction is None) == (threshold is None):
-        raise ArgumentError("either fraction or threshold must be given, and not both")
+        raise ArgumentError(
+            f"either fraction or threshold must be set, and not both, got fraction={fraction}, threshold={threshold}"
+        )
     if fraction is not None and not 0 <= fraction <= 1:
         raise ArgumentError(f"fraction must lie within [0, 1], got {fraction}")
     if threshold is not None and not threshold >= 0:
@@ -66,20 +69,21 @@ def prune(
 
 
 def _log_snr(q: GaussianPosterior) -> Tensor:
-    """Logarithm of |mu|/sigma, `(*shape)`: finite for every free weight, also where sigma underflows or mu is 0."""
+    """log(|mu|/sigma), `(*shape)`; finite for every free weight, also if sigma underflows or mu is 0."""
     log_mean = q.mean.abs().log()
     return (log_mean - q.log_sigma).clamp_min(torch.finfo(log_mean.dtype).min)
 
 
 def _scores(signal: Tensor, fixed: Tensor | None) -> Tensor:
-    """The signal; below all where a weight is pruned already, above all where it is fixed for another reason."""
+    """The signal to rank by: -inf where a weight is pruned already, inf where it is fixed for another reason."""
     if fixed is None:
         return signal
     return signal.masked_fill(fixed == PRUNED, -math.inf).masked_fill((fixed != 0) & (fixed != PRUNED), math.inf)
 
 
 def _lowest(scores: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    # By rank, since a value at the border may be that of many weights. One order over all parameters.
+    """By parameter, which weights have the lowest scores of all, in a single ranking over all parameters."""
+    # By rank and not by a threshold, since many weights may have the score at the border.
     device = next(iter(scores.values())).device
     together = torch.cat([s.flatten().to(device) for s in scores.values()])
     lost = torch.zeros(together.shape, dtype=torch.bool, device=device)
@@ -96,12 +100,12 @@ def pruning_curve(
     *,
     where: str | Sequence[str] = "*",
 ) -> list[tuple[float, float]]:
-    """A figure of merit against the share of weights pruned.
+    """A figure of merit as a function of the share of weights pruned.
 
     Args:
         vnet: left alone; a copy is pruned.
         evaluate: from the pruned network to the figure, such as its accuracy on held-out data.
-        fractions: in rising order.
+        fractions: shares to prune, taken in increasing order.
         where: see `prune`.
 
     Returns:

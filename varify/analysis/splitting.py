@@ -1,4 +1,4 @@
-"""Which tensors of a batch have an entry for each datum."""
+"""Find out which tensors of a batch have an entry for each datum."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -9,29 +9,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from varify.analysis.batch import INPUTS, SAY, TARGETS, Batch, Flat, Leaves, spread
+from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, spread
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
 from varify.objective.arguments import has_length
 from varify.objective.elbo import Criterion, scalar
 
-# Of so many tensors of one length all combinations are tried: 63.
+# With at most this many tensors of one length, all their combinations are tried: 63.
 MOST_TRIED = 6
 
 
 class Splitter:
-    """Tells how many data a batch has and which of its tensors have an entry for each of them.
+    """Splits batches into single data: finds how many there are and which tensors have an entry for each.
 
-    One tensor of inputs has. Of several, those have with which the network's output for a datum is the same alone as
-    within its batch; of several targets, those with which the batch's loss is the mean of the data's. Where that
-    doesn't tell, those whose length follows the batch's over the loader. It is found once, in the first batch of more
-    than one datum.
+    A single input tensor has. Of several, it is those with which the network's output for a datum is the same alone as
+    within its batch; of several targets, those with which the batch's loss is the mean of the losses of its data. Where
+    that is ambiguous, it is those whose length varies with the batch size over the loader. It is found once for each
+    structure, in the first batch of more than one datum.
 
     Args:
-        vnet: tried at one draw of its weights: at the means, a layer that starts at 0 would hide what it is given.
-        loader: of (inputs, targets). Gone through once more where lengths must tell, unless it is an iterator.
+        vnet: run with one draw of its weights: at the means, a layer that is initialized at 0 would ignore its input.
+        loader: of (inputs, targets). Traversed once more if lengths must decide, unless it is an iterator.
         criterion: `(output, targets)` to a mean over the batch.
-        batched: the answer: booleans in the structure of (inputs, targets), each for a tensor or for all in a part.
+        batched: the answer, if the user has it: booleans in the structure of (inputs, targets), for tensors or parts.
     """
 
     def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: Any) -> None:
@@ -43,7 +43,7 @@ class Splitter:
         """Number of data in a batch.
 
         Raises:
-            ArgumentError: it can't be told.
+            ArgumentError: it is ambiguous.
         """
         flat = Flat.of(self._vnet, inputs, targets)
         if self._batched is None:
@@ -55,11 +55,11 @@ class Splitter:
         return flat.size(self._inputs(flat))
 
     def split(self, inputs: Any, targets: Any) -> Batch:
-        """The batch, with what of it belongs to single data.
+        """The batch, with the number of entries of each tensor for a datum.
 
         Raises:
-            ArgumentError: there is no tensor in the inputs or in the targets, their lengths don't fit, or it is unknown
-                which are cut.
+            ArgumentError: there is no tensor in the inputs or in the targets, their lengths do not fit, or it is
+                ambiguous which have an entry for each datum.
         """
         flat = Flat.of(self._vnet, inputs, targets)
         for part in (TARGETS, INPUTS):
@@ -67,15 +67,15 @@ class Splitter:
                 raise ArgumentError(f"the loader must give (inputs, targets) with a batch of {part}: a tensor at least")
         chosen = self._inputs(flat)
         size = flat.size(chosen)
-        if size < 2:  # cutting changes nothing, and shows nothing
+        if size < 2:  # there is nothing to split
             return Batch(flat.leaves, flat.spec, [0] * len(flat.leaves), size)
         return flat.batch(chosen | self._targets(flat, chosen))
 
     def _inputs(self, flat: Flat) -> Leaves:
-        """The leaves of the inputs that belong to single data."""
+        """The leaves of the inputs that have an entry for each datum."""
         tensors, key = flat.tensors(INPUTS), (INPUTS, flat.key)
         if self._batched is not None:
-            return self._told(flat, INPUTS)
+            return self._as_stated(flat, INPUTS)
         if len(tensors) == 1:
             return frozenset(tensors)
         if key not in self._found:
@@ -83,41 +83,43 @@ class Splitter:
             guesses = [g for n in lengths for g in _subsets([i for i in tensors if len(flat.leaves[i]) == n])]
             fitting = [guess for guess in guesses if self._follows(flat, guess)]
             if fitting and all(flat.size(guess) == 1 for guess in fitting):
-                return fitting[0]  # nothing is cut: a later batch may tell
+                return fitting[0]  # not stored: a larger batch may decide
             self._found[key] = self._only(flat, fitting, guesses, frozenset())
         return self._found[key]
 
     def _targets(self, flat: Flat, inputs: Leaves) -> Leaves:
-        """The leaves of the targets that belong to single data, `inputs` being those of the inputs."""
+        """The leaves of the targets that have an entry for each datum, given those of the inputs."""
         size, tensors, key = flat.size(inputs), flat.tensors(TARGETS), (TARGETS, flat.key)
         if self._batched is not None:
-            return self._told(flat, TARGETS)
+            return self._as_stated(flat, TARGETS)
         if key not in self._found:
             if len(tensors) == 1 and len(flat.leaves[tensors[0]]) == size:
                 return frozenset(tensors)
             guesses = _subsets([i for i in tensors if len(flat.leaves[i]) and len(flat.leaves[i]) % size == 0])
             fitting = [guess for guess in guesses if self._adds_up(flat, inputs | guess)]
-            # what is flattened may have another order, which lengths don't tell
+            # only unflattened ones: lengths do not tell in which order targets were flattened
             whole = [guess for guess in guesses if all(len(flat.leaves[i]) == size for i in guess)]
             self._found[key] = self._only(flat, fitting, whole, inputs)
         return self._found[key]
 
-    def _told(self, flat: Flat, part: str) -> Leaves:
-        flags = list(spread(self._batched, flat.given))
+    def _as_stated(self, flat: Flat, part: str) -> Leaves:
+        flags = list(spread(self._batched, flat.pair))
         chosen = frozenset(i for i in flat.tensors(part) if flags[i])
         if not chosen:
             raise ArgumentError(f"batched={self._batched!r} has True for no tensor of the {part}")
         return chosen
 
     def _only(self, flat: Flat, fitting: list[Leaves], guesses: list[Leaves], inputs: Leaves) -> Leaves:
-        """The one guess that fits, by itself or by the lengths over the loader."""
+        """The only guess that fits, by itself or by the lengths over the loader; an error if there is none."""
         if len(fitting) != 1 and iter(self._loader) is not self._loader:
             fitting = self._varying(flat, fitting or guesses, inputs)
         if len(fitting) == 1:
             return fitting[0]
-        told = listed((f"{flat.names[i]} {tuple(x.shape)}" for i, x in enumerate(flat.leaves) if has_length(x)), 9)
-        example = pytree.tree_map(has_length, flat.given)
-        raise ArgumentError(f"it can't be told which of {told} have an entry for each datum; {SAY}, such as {example}")
+        tensors = listed((f"{flat.names[i]} {tuple(x.shape)}" for i, x in enumerate(flat.leaves) if has_length(x)), 9)
+        example = pytree.tree_map(has_length, flat.pair)
+        raise ArgumentError(
+            f"it is ambiguous which of {tensors} have an entry for each datum; {HINT}, such as {example}"
+        )
 
     def _varying(self, flat: Flat, guesses: list[Leaves], inputs: Leaves) -> list[Leaves]:
         """Of the guesses, those whose lengths vary together over the loader, with the lengths of `inputs`."""
@@ -141,14 +143,14 @@ class Splitter:
         for index in ([0], [size - 1]) if size > 1 else ([0, 0],):
             try:
                 part = self._output(flat, [x[index] if i in guess else x for i, x in enumerate(flat.leaves)])
-            except Exception:  # lengths that don't fit together
+            except Exception:  # lengths that do not fit together
                 return False
             if not _is_part(part, whole, index, size):
                 return False
         return True
 
     def _adds_up(self, flat: Flat, guess: Leaves) -> bool:
-        """Whether the batch's loss is the mean of the data's."""
+        """Whether the batch's loss is the mean of the losses of its data."""
         batch = flat.batch(guess)
         whole = self._loss(batch.of(flat.leaves))
         try:
@@ -164,7 +166,7 @@ class Splitter:
     def _loss(self, batch: Any) -> Tensor:
         args, kwargs, targets = batch
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of targets that a wrong guess leaves whole
+            warnings.simplefilter("ignore")  # a wrong guess leaves targets whole, and losses warn of their shape
             return scalar(self._criterion(self._run(args, kwargs), targets))
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -175,20 +177,23 @@ class Splitter:
 
 
 def _subsets(indices: list[int]) -> list[Leaves]:
-    """All but the empty one; of many indices, all together and all but one."""
+    """All subsets except the empty one; of many indices, only all and all but one."""
     n = len(indices)
     sizes = range(n, 0, -1) if n <= MOST_TRIED else (n, n - 1)
     return [frozenset(s) for s in chain.from_iterable(combinations(indices, size) for size in sizes)]
 
 
 def _is_part(part: list[Tensor], whole: list[Tensor], index: list[int], size: int) -> bool:
-    """Whether the outputs that follow the batch, of which there must be one, are those of the data at `index`."""
+    """Whether the outputs for a part of the batch are those of the data at `index`.
+
+    Outputs of the same shape for part and whole belong to the batch as a whole; at least one must not.
+    """
     if len(part) != len(whole):
         return False
     followed = False
     for p, w in zip(part, whole, strict=True):
         if p.shape == w.shape:
-            continue  # of all data together
+            continue
         dims = [d for d in range(w.dim()) if p.dim() == w.dim() and p.shape[d] != w.shape[d]]
         if len(dims) != 1 or w.shape[dims[0]] % size or p.shape[dims[0]] * size != w.shape[dims[0]] * len(index):
             return False
@@ -202,7 +207,7 @@ def _is_part(part: list[Tensor], whole: list[Tensor], index: list[int], size: in
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding, which is larger for half precision, and on a GPU by TF32."""
+    """Whether they are equal up to rounding, which is larger in half precision, and on a GPU with TF32."""
     if not (b.is_floating_point() or b.is_complex()):
         return torch.equal(a, b)
     tolerance = max(1e-3, torch.finfo(b.dtype).eps ** 0.5)

@@ -1,6 +1,7 @@
-"""How gradients are estimated. A custom rule is one decorated function; see `rule`."""
+"""Gradient estimators. A custom rule is one decorated function; see `rule`."""
 
 from varify.estimators import flipout, local  # noqa: F401  # they register their rules
 from varify.estimators.rules import rule
+from varify.weights.moments import Moments
 
-__all__ = ["rule"]
+__all__ = ["Moments", "rule"]

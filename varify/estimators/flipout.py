@@ -1,4 +1,7 @@
-"""Flipout: each example's own perturbation, by signs (Wen, Vicol, Ba, Tran & Grosse 2018, arXiv:1803.04386)."""
+"""Flipout: a separate perturbation for each example, by random signs.
+
+Wen, Vicol, Ba, Tran & Grosse 2018, arXiv:1803.04386.
+"""
 
 from typing import Any
 
@@ -13,7 +16,7 @@ from varify.weights.moments import Moments
 
 @rule("flipout", *LINEAR, *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
 def flipout_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
-    """op(x, mu) + s·op(r·x, delta): one delta = sigma·eps a call, with signs r and s of each example's own."""
+    """op(x, mu) + s·op(r·x, delta): one delta = sigma·eps a call, with signs r and s for each example."""
     channels = -1 if op in LINEAR else 1 - weight.mu.dim()
     outer, inner = (1, 0) if op in TRANSPOSED else (0, 1)
     mean: Tensor = op(input, weight.mu, mean_of(bias), *settings, **named)
@@ -47,7 +50,7 @@ def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: An
 
 @rule("flipout", F.bilinear, along=("bias",))
 def flipout_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
-    """Signs of each example's own on both inputs and the output."""
+    """Signs for each example on both inputs and the output."""
     mean: Tensor = op(input1, input2, weight.mu, mean_of(bias))
     delta = bias.perturbation() if isinstance(bias, Moments) else None
     flipped = [x * weight.flip(x, axis, -1) for axis, x in ((1, input1), (2, input2))]
@@ -57,17 +60,17 @@ def flipout_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, b
 
 @rule("flipout", F.embedding, refuses=renormalized)
 def flipout_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
-    """Signs of each example's own on the embedding's dimensions: a row looked up twice by it gets one noise."""
+    """Signs for each example on the embedding's dimensions: a row that it looks up twice has one noise."""
     mean: Tensor = op(input, weight.mu, **settings)
     perturbed: Tensor = op(input, weight.perturbation(), **settings)
     perturbed = perturbed * weight.flip(perturbed, 1, -1)
-    if weight.is_kept and weight.examples.dim is not None:  # other uses may sum over rows, each with a sign of its own
+    if weight.is_kept and weight.examples.dim is not None:  # other uses may sum over rows, each with its own sign
         perturbed = perturbed * _signs_of_rows(input, weight).unsqueeze(-1)
     return mean + perturbed
 
 
 def _signs_of_rows(input: Tensor, weight: Moments) -> Tensor:
-    """The sign of each row looked up, in the example that does so, in the shape of `input`."""
+    """The sign of each row looked up, in the example that looks it up; in the shape of `input`."""
     number = torch.arange(weight.examples.number, device=input.device).unsqueeze(-1)
     example = weight.examples.spread(number, input.unsqueeze(-1), -1).squeeze(-1)
     signs: Tensor = weight.signs(0)[example, input]
@@ -76,7 +79,7 @@ def _signs_of_rows(input: Tensor, weight: Moments) -> Tensor:
 
 @rule("flipout", "add", of=("input", "other"), refuses=scaled)
 def flipout_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
-    """`x + w`, w with each example's own signs along its last dimension."""
+    """`x + w`, with signs for each example along the last dimension of w."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x + w.mu
     return mean + w.perturbation() * _flip_last(w, mean)
@@ -84,7 +87,7 @@ def flipout_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
 
 @rule("flipout", "mul", of=("input", "other"))
 def flipout_mul(op: Any, input: Any, other: Any) -> Tensor:
-    """`x * w`, w with each example's own signs along its last dimension."""
+    """`x * w`, with signs for each example along the last dimension of w."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu
     noise: Tensor = x * (w.perturbation() * _flip_last(w, mean))

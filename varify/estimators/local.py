@@ -1,4 +1,7 @@
-"""Local reparameterization: noise on the outputs (Kingma, Salimans & Welling 2015, arXiv:1506.02557)."""
+"""Local reparameterization: noise on the outputs instead of the weights.
+
+Kingma, Salimans & Welling 2015, arXiv:1506.02557.
+"""
 
 from typing import Any
 
@@ -6,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.estimators.arguments import broadcast, looked_up, mean_of, no_bias, renormalized, rows, rows_beside, scaled
+from varify.estimators.arguments import broadcast, lookups, mean_of, no_bias, renormalized, rows, rows_beside, scaled
 from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, rule
 from varify.weights.moments import Moments
 
 
 def _with_noise(mean: Tensor, var: Tensor) -> Tensor:
-    # The square root has an infinite slope at 0, where no input or no sigma reaches an output: there the noise is 0.
+    # The square root has an infinite slope at 0, which an output has that no input or no sigma reaches: no noise there.
     std = torch.where(var > 0, var.clamp_min(torch.finfo(var.dtype).tiny).sqrt(), 0.0)
     return mean + std.to(mean.dtype) * torch.randn_like(mean)
 
 
 def _scale(like: Tensor, sigma: Tensor) -> Tensor | float:
-    """What to divide sigma by, so that its square can be told from 0 in half precision."""
+    """The number to divide sigma by before squaring, so that the square does not underflow in half precision."""
     kind = like.device.type
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
     return sigma.detach().amax().clamp_min(torch.finfo(torch.float32).tiny) if half == torch.float16 else 1.0
@@ -29,7 +32,7 @@ def _scale(like: Tensor, sigma: Tensor) -> Tensor | float:
 def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
     """Mean = op(x, mu), variance = op(x², sigma²), the bias' variance added; one noise per output element.
 
-    Right for each output by itself; on convolutions and sequences the correlations between positions are dropped.
+    Exact for each output by itself; in convolutions and sequences the correlations between positions are lost.
     """
     mean = op(input, weight.mu, mean_of(bias), *settings, **named)
     scale = _scale(input, weight.sigma)
@@ -58,15 +61,15 @@ def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any)
 
 @rule("local", F.bilinear, along=("bias",), uses=rows)
 def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
-    """x₁ᵀ w x₂ is linear in w: its variance is that of the squares."""
+    """x₁ᵀ w x₂, which is linear in w, so that its variance is the same form of the squares."""
     mean = op(input1, input2, weight.mu, mean_of(bias))
     bias_var = bias.var() if isinstance(bias, Moments) else None
     return _with_noise(mean, op(input1.square(), input2.square(), weight.var(), bias_var))
 
 
-@rule("local", F.embedding, refuses=renormalized, uses=looked_up)
+@rule("local", F.embedding, refuses=renormalized, uses=lookups)
 def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
-    """Noise for the rows looked up alone; a row that is looked up twice gets two noises."""
+    """Noise for the rows looked up only; a row that is looked up twice gets two noises."""
     mean: Tensor = op(input, weight.mu, **settings)
     sigma: Tensor = op(input, weight.sigma, **settings)
     return mean + (sigma * torch.randn_like(sigma)).to(mean.dtype)

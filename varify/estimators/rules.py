@@ -1,4 +1,4 @@
-"""How an operation meets a posterior without drawing the weights: rules by estimator and operation.
+"""The registry of rules, which run an operation on the moments of its weights instead of a draw.
 
 A rule is a decorated pure function. It takes the operation, then the operation's own arguments under their own names,
 with `Moments` where a posterior stands in for a parameter, and returns a random output whose mean and variance are
@@ -24,7 +24,7 @@ from varify.errors import EstimatorError
 from varify.weights.moments import Examples, Moments
 
 NAMES = ("weights", "local", "flipout", "auto")
-# What `variationalize` takes for an estimator: one of these names, or that of a custom rule.
+# An estimator in `variationalize`: one of these names, or that of a custom rule.
 EstimatorLike = str
 LINEAR = (F.linear,)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
@@ -32,8 +32,8 @@ TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpo
 
 
 def canonical(operation: Any) -> Any:
-    """What rules are kept under: `torch.add`, `operator.add`, and the method "add" are one operation, "add"."""
-    if isinstance(operation, torch._ops.OpOverload):  # of a graph of torch.export
+    """The key of an operation in the registry: `torch.add`, `operator.add` and the method "add" have one, "add"."""
+    if isinstance(operation, torch._ops.OpOverload):  # in a graph of torch.export
         operation = _OF_ATEN.get(operation.overloadpacket.__name__, operation)
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
     return name if name in _BY_NAME else operation
@@ -45,15 +45,16 @@ _OF_ATEN = {op.__name__: op for op in (*LINEAR, *CONVOLUTIONS)} | {name: name fo
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for one operation, and which of its arguments it can take moments for.
+    """A rule for one operation, and the arguments for which it takes moments.
 
     Attributes:
         function: the rule, to be called with `Examples` and the operation's arguments.
         signature: of the operation.
-        of: the arguments that an estimator may be asked for: one of them must be moments.
-        along: further ones, such as a bias, that may be moments too.
-        refuses: from the operation's arguments, or what has their shapes, to a reason why the rule is not for them.
-        uses: likewise, to how often the operation uses an element of the parameter; None if that depends.
+        of: arguments that may be moments; at least one of them is.
+        along: further arguments that may be moments then, such as a bias.
+        refuses: from the operation's arguments, or objects of their shapes, to the reason why the rule does not serve
+            them; None if it does.
+        uses: likewise, to how often the operation uses each element of the parameter; None if that is unknown.
     """
 
     function: Callable[..., Tensor]
@@ -67,15 +68,15 @@ class Rule:
         """The operation's arguments by name.
 
         Raises:
-            TypeError: the rule knows no such arguments.
+            TypeError: they do not fit the rule's signature.
         """
         if not kwargs and len(self.named) >= len(args):
-            return dict(zip(self.named, args, strict=False))  # as `bind` has it, in a tenth of the time
+            return dict(zip(self.named, args, strict=False))  # the same as by `bind`, in a tenth of the time
         return dict(self.signature.bind(*args, **kwargs).arguments)
 
     @functools.cached_property
     def named(self) -> list[str]:
-        """Names of the arguments that may be given by position, as far as each has one."""
+        """Names of the positional arguments, up to a `*args`."""
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return [name for name, parameter in self.signature.parameters.items() if parameter.kind in kinds]
 
@@ -97,21 +98,21 @@ def rule(
         for operation in operations:
             signature = inspect.signature(function)
             signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-            made = Rule(_for(operation, function, estimator), signature, of, along, refuses, uses)
-            _RULES[estimator, canonical(operation)] = made
+            bound = _bound(operation, function, estimator)
+            _RULES[estimator, canonical(operation)] = Rule(bound, signature, of, along, refuses, uses)
         return function
 
     return register
 
 
-def _for(operation: Any, function: Callable[..., Tensor], estimator: str) -> Callable[..., Tensor]:
-    """The rule with its operation given, under a name that reads well in a graph."""
+def _bound(operation: Any, function: Callable[..., Tensor], estimator: str) -> Callable[..., Tensor]:
+    """The rule as a function of examples and arguments, named `<estimator>_<operation>` for the code of graphs."""
     op = getattr(torch, operation) if isinstance(operation, str) else operation
 
     def of_operation(examples: Examples, *args: Any, **kwargs: Any) -> Tensor:
-        given = [a.at(examples) if isinstance(a, Moments) else a for a in args]
+        positional = [a.at(examples) if isinstance(a, Moments) else a for a in args]
         named = {k: a.at(examples) if isinstance(a, Moments) else a for k, a in kwargs.items()}
-        return function(op, *given, **named)
+        return function(op, *positional, **named)
 
     of_operation.__name__ = of_operation.__qualname__ = f"{estimator}_{op.__name__}"
     return of_operation
@@ -119,20 +120,20 @@ def _for(operation: Any, function: Callable[..., Tensor], estimator: str) -> Cal
 
 def has_rule(operation: Any) -> bool:
     """Whether any estimator has a rule for the operation."""
-    wanted = canonical(operation)
-    return any(known == wanted for _, known in _RULES)
+    key = canonical(operation)
+    return any(known == key for _, known in _RULES)
 
 
 def find_rule(estimator: str, operation: Any) -> Rule | None:
-    """The rule, or None where the operation has none."""
+    """The rule of an estimator for an operation; None if there is none."""
     return _RULES.get((estimator, canonical(operation)))
 
 
 def check_estimator(estimator: Any) -> str:
-    """The name of an estimator.
+    """Check the name of an estimator and return it.
 
     Raises:
-        EstimatorError: there is none of that name.
+        EstimatorError: it is unknown.
     """
     known = {*NAMES, *(name for name, _ in _RULES)}
     if not isinstance(estimator, str) or estimator not in known:

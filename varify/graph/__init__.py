@@ -1,4 +1,4 @@
-"""The torch.fx pass: a recorded call as a graph, what each parameter meets there, and the graph with posteriors."""
+"""The torch.fx pass: record a call as a graph, plan how each parameter is estimated, run the plan with stand-ins."""
 
 from varify.graph.rewriting import rewrite
 

@@ -1,4 +1,4 @@
-"""Who is an example: which rows of each operation belong to one, found by running a record with one changed."""
+"""Which rows of each operation belong to one example, found by replaying a record with one example changed."""
 
 import contextlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _BATCH_NORMS = (nn.functional.batch_norm, torch.batch_norm)
 
 
 def count_of(inputs: Mapping[str, Tensor], batch_dim: int) -> int | None:
-    """Number of examples of a call: the size of `batch_dim` of the first tensor that has it; None if none has."""
+    """The number of examples in a call: the size of `batch_dim` in the first tensor that has it; None if none has."""
     return next((t.shape[batch_dim] for t in inputs.values() if is_dense(t) and t.dim() > batch_dim), None)
 
 
@@ -27,16 +27,17 @@ def find_examples(
     nodes: list[fx.Node],
     batch_dim: int,
 ) -> dict[fx.Node, Examples | None]:
-    """The examples of each of `nodes`, operations of a record; None where rows depend on several.
+    """The examples of operations in a record; None where rows depend on several examples.
 
-    The record runs twice with the same random numbers, the second time with one example changed. Batch normalization
-    takes the statistics of the first run in both, and dropout drops nothing: rows depend on their example alone then.
+    The record is replayed twice with the same random numbers, the second time with one example changed: the rows that
+    differ are that example's. In both, batch normalization uses the statistics of the first replay and dropout drops
+    nothing, so that a row depends on its own example alone.
 
     Args:
         graph: of `Recording`.
-        attributes: by name, what its get_attr nodes stand for.
+        attributes: values of the get_attr nodes, by name.
         inputs: by placeholder.
-        nodes: those asked for.
+        nodes: the operations.
         batch_dim: the dimension of the inputs that counts examples.
     """
     count = count_of(inputs, batch_dim)
@@ -44,12 +45,14 @@ def find_examples(
         return dict.fromkeys(nodes)
     if count == 1:
         return dict.fromkeys(nodes, Examples())
-    which = 1  # not 0, whose rows come first however the others follow
+    # Not 0: where an example has several rows, row 0 is example 0's whether its rows are adjacent or `count` apart.
+    # Row 1 tells: it is example 0's in the first order and example 1's in the second.
+    which = 1
     try:
         changed = _with_one_changed(inputs, batch_dim, count, which)
         statistics: dict[fx.Node, tuple[Tensor, Tensor]] = {}
         before, after = (_Rows(graph, attributes, set(nodes), statistics).rows(x) for x in (inputs, changed))
-    except Exception:  # of a type that can't be changed, or with an operation that can't run twice: the call itself ran
+    except Exception:  # inputs that cannot be changed, or an operation that cannot be replayed: no fault of the user's
         return dict.fromkeys(nodes)
     return {node: _of_rows(before.get(node), after.get(node), count, which) for node in nodes}
 
@@ -66,7 +69,7 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
         if new.is_floating_point() or new.is_complex():
             noise = torch.rand(part.shape, generator=generator).to(part) + 0.5
             part.add_(noise * new.abs().mean().clamp_min(1e-3))
-        else:  # others of its own values, since only these are known to be allowed
+        else:  # by other values of the same tensor, since only these are known to be valid, as indices into a table are
             values = new.flatten()
             other = values[torch.randint(len(values), part.shape, generator=generator).to(values.device)]
             part.copy_(
@@ -79,7 +82,7 @@ def _with_one_changed(inputs: Mapping[str, Tensor], batch_dim: int, count: int, 
 
 
 class _Rows(fx.Interpreter):
-    """Runs a record on copies of what it holds, and keeps the outputs of some operations."""
+    """Replays a record on copies of its tensors and saves the outputs of some operations."""
 
     def __init__(
         self,
@@ -92,71 +95,78 @@ class _Rows(fx.Interpreter):
         self._statistics, self._node = statistics, next(iter(graph.nodes))
         self._attributes = {name: _copied(value) for name, value in attributes.items()}
         self._nodes = nodes
-        self._kept: dict[fx.Node, Tensor] = {}
+        self._outputs: dict[fx.Node, Tensor] = {}
 
     def rows(self, inputs: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """Outputs by operation, of those that it comes to."""
+        """Outputs by operation, of those that the replay reaches."""
         devices = {t.device.index for t in inputs.values() if t.is_cuda}
         with torch.random.fork_rng(sorted(devices)), contextlib.suppress(Exception):
             torch.manual_seed(0)
-            self.run(*(t.clone() for t in inputs.values()))  # may end early: data decided of lengths in the record
-        return self._kept
+            # It may fail half-way, since lengths in the record were decided by the recorded data.
+            self.run(*(t.clone() for t in inputs.values()))
+        return self._outputs
 
     def fetch_attr(self, target: str) -> Any:
         return self._attributes[target]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(target, "__name__", "") in _DROPOUTS:  # which would hide rows
+        if getattr(target, "__name__", "") in _DROPOUTS:  # a row that is dropped would not show a change
             return args[0] if args else kwargs["input"]
         if target in _BATCH_NORMS:
             return self._normalized(target, args, kwargs)
         if getattr(target, "__name__", "") == "set_ambience":
-            args = (False, *args[1:])
+            args = (False, *args[1:])  # no gradients are needed
         return super().call_function(target, args, kwargs)
 
     def _normalized(self, target: Any, args: Any, kwargs: Any) -> Tensor:
-        """Batch normalization by the statistics of the first run, else each row would depend on all."""
+        """Batch normalization by the statistics of the first replay; with its own, each row would depend on all."""
         names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
         if target is torch.batch_norm:
             names = ["input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        x = given["input"]
-        if not given.get("training", False):
-            return nn.functional.batch_norm(**{name: value for name, value in given.items() if name in names})
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        x = arguments["input"]
+        if not arguments.get("training", False):
+            return nn.functional.batch_norm(**{name: value for name, value in arguments.items() if name in names})
         if self._node not in self._statistics:
             rows = x.detach().float().movedim(1, 0).flatten(1)
             self._statistics[self._node] = rows.mean(1).to(x.dtype), rows.var(1, correction=0).to(x.dtype)
         return nn.functional.batch_norm(
-            x, *self._statistics[self._node], given.get("weight"), given.get("bias"), eps=given.get("eps", 1e-5)
+            x,
+            *self._statistics[self._node],
+            arguments.get("weight"),
+            arguments.get("bias"),
+            eps=arguments.get("eps", 1e-5),
         )
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run it, and keep its output if it is asked for."""
+        """Run a node and save its output if it is one of `nodes`."""
         self._node = n
         result = super().run_node(n)
         if n in self._nodes and isinstance(result, Tensor):
-            self._kept[n] = result.detach().clone()
+            self._outputs[n] = result.detach().clone()
         return result
 
 
 def _copied(value: Any) -> Any:
+    """A copy of what the replay may write into: a tensor, or the state of a random generator."""
     if isinstance(value, torch.Generator):
         return value.clone_state()
-    return value.detach().clone() if isinstance(value, Tensor) else value  # which the record may write into
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _of_rows(before: Tensor | None, after: Tensor | None, count: int, which: int) -> Examples | None:
-    """From an operation's output before and after one example changed."""
+    """The examples of an operation, from its outputs before and after example `which` was changed."""
     if before is None or after is None or not is_dense(before) or before.shape != after.shape:
         return None
     differs = ~torch.isclose(before, after, rtol=0.0, atol=0.0, equal_nan=True)
     if not differs.any():
         return Examples(count)
-    found = [made for dim in range(before.dim()) if (made := _along(differs, dim, count, which)) is not None]
-    return found[0] if found else None
+    per_dim = (_along(differs, dim, count, which) for dim in range(before.dim()))
+    return next((examples for examples in per_dim if examples is not None), None)
 
 
 def _along(differs: Tensor, dim: int, count: int, which: int) -> Examples | None:
+    """The examples if `dim` counts them, that is if only rows of example `which` differ along it; else None."""
     size = differs.shape[dim]
     if size % count:
         return None

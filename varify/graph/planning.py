@@ -1,4 +1,4 @@
-"""What each parameter meets in a graph, and which estimator serves it there."""
+"""The plan of each parameter: which operations use it in a record, and which estimator serves it there."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -16,13 +16,13 @@ GRADIENTS_ARE_OFF = "it is used where gradients are off: no_grad, an autograd.Fu
 
 @dataclass(frozen=True)
 class Use:
-    """One operation that a parameter meets.
+    """One operation that uses a parameter.
 
     Attributes:
-        node: in the graph.
-        source: the argument there that is the parameter, or a view of it.
-        path: from the parameter to `source`.
-        operation: as rules are kept under.
+        node: the operation.
+        source: its argument that is the parameter, or a view of it.
+        path: the views from the parameter to `source`.
+        operation: its key in the table of rules.
     """
 
     node: fx.Node
@@ -32,7 +32,7 @@ class Use:
 
 
 def uses_of(parameter: fx.Node) -> list[Use]:
-    """The operations that a parameter meets, also by views of it, in the order in which they run."""
+    """The operations that use a parameter or a view of it, in the order in which they run."""
     order = {node: i for i, node in enumerate(parameter.graph.nodes)}
     return sorted(_uses(parameter, ()), key=lambda use: order[use.node])
 
@@ -50,7 +50,7 @@ def _step(user: fx.Node, source: fx.Node) -> tuple[Any, ...] | None:
     if not user.args or user.args[0] is not source or user.op not in ("call_function", "call_method"):
         return None
     if not user.meta.get("gradients", True):
-        return None  # what comes of it has no gradient, or that of an autograd.Function
+        return None  # a view whose gradient is cut, or that of an autograd.Function: not the parameter's
     if user.target is getattr:
         return step(str(user.args[1]), (), {})
     return step(_name(user.target), user.args[1:], user.kwargs)
@@ -70,11 +70,11 @@ class Decision:
 
     Attributes:
         estimator: "weights" if it is drawn.
-        why: why it is drawn although something else was wanted; else empty.
-        uses: that meet its moments, with the examples of each, in the order in which they run.
-        keeps: several of them, which share one noise.
-        automatic: "auto" was wanted: which estimator it is follows from the shapes of each call.
-        unseen: no operation used it in the recorded call: the first that does will be recorded.
+        why: the reason if it is drawn though another estimator was requested; else empty.
+        uses: the operations whose rules take its moments, with their examples, in the order in which they run.
+        keeps: whether there are several such uses, which must share one noise.
+        automatic: whether "auto" was requested, so that the shapes of each call decide on the estimator.
+        unseen: whether no operation used it in the recorded call; the first call that does will be recorded.
     """
 
     estimator: str = "weights"
@@ -86,29 +86,29 @@ class Decision:
 
     @functools.cached_property
     def foreseen(self) -> dict[Path, list[tuple[Any, Examples]]]:
-        """By the way from the parameter, the operations that meet it and their examples."""
-        found: dict[Path, list[tuple[Any, Examples]]] = {}
+        """By path from the parameter, the operations that are expected there and their examples, in order."""
+        by_path: dict[Path, list[tuple[Any, Examples]]] = {}
         for use, examples in self.uses:
-            found.setdefault(use.path, []).append((use.operation, examples))
-        return found
+            by_path.setdefault(use.path, []).append((use.operation, examples))
+        return by_path
 
 
 def decide(
     uses: Mapping[str, list[Use]], estimators: Mapping[str, str], examples: Mapping[fx.Node, Examples | None]
 ) -> dict[str, Decision]:
-    """The decision for every parameter that has an estimator other than "weights".
+    """Decide for every parameter that has an estimator other than "weights".
 
     Args:
-        uses: of each parameter.
+        uses: by parameter.
         estimators: by parameter.
-        examples: of the operations that they meet; None where rows depend on several.
+        examples: by operation; None where rows depend on several examples.
     """
     decisions = {
         name: _decide_one(uses.get(name, []), estimator, examples)
         for name, estimator in estimators.items()
         if estimator != "weights"
     }
-    return _with_those_along(decisions, uses, examples, estimators)
+    return _with_biases(decisions, uses, examples)
 
 
 def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Examples | None]) -> Decision:
@@ -116,6 +116,8 @@ def _decide_one(uses: list[Use], estimator: str, examples: Mapping[fx.Node, Exam
         return Decision(why="no operation was seen to use it", unseen=True)
     if not all(use.node.meta.get("gradients", True) for use in uses):
         return Decision(why=GRADIENTS_ARE_OFF)
+    # Uses of one element must see one weight in each example. Only flipout can give them that: its perturbation is a
+    # weight's, by a sign for each example, while local's noises belong to the outputs of one operation.
     several, automatic = len(uses) > 1 and not _disjoint(uses), estimator == "auto"
     estimator = ("flipout" if several or not _once(uses, examples) else "local") if automatic else estimator
     if several and estimator != "flipout":
@@ -138,8 +140,8 @@ def _refusal(use: Use, estimator: str) -> str:
     rule = find_rule(estimator, use.operation)
     if rule is None:
         return f"{estimator} has no rule for {_name(use.operation)}"
-    given = [one for one in (*use.node.args, *use.node.kwargs.values()) if isinstance(one, fx.Node)]
-    if not all(one.meta.get("dense", True) for one in given):
+    operands = [arg for arg in (*use.node.args, *use.node.kwargs.values()) if isinstance(arg, fx.Node)]
+    if not all(operand.meta.get("dense", True) for operand in operands):
         return f"{_name(use.operation)} is of sparse or nested tensors"
     arguments = arguments_of(rule, use)
     if arguments is None or not any(arguments.get(argument) is use.source for argument in rule.of):
@@ -148,15 +150,15 @@ def _refusal(use: Use, estimator: str) -> str:
 
 
 def arguments_of(rule: Rule, use: Use) -> dict[str, Any] | None:
-    """The operation's arguments by the rule's names; None if they don't fit."""
+    """The operation's arguments by the names of the rule's; None if they do not fit its signature."""
     try:
         return rule.arguments(use.node.args, use.node.kwargs)
     except TypeError:
         return None
 
 
-class _Like:
-    """What has the shape of a value."""
+class _Shaped:
+    """A placeholder with the shape of a value, for the shape functions of rules."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
@@ -164,13 +166,13 @@ class _Like:
 
 def _shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _Like(v.meta["shape"]) if isinstance(v, fx.Node) and "shape" in v.meta else v
+        key: _Shaped(v.meta["shape"]) if isinstance(v, fx.Node) and "shape" in v.meta else v
         for key, v in arguments.items()
     }
 
 
 def _once(uses: list[Use], examples: Mapping[fx.Node, Examples | None]) -> bool:
-    """Whether each example uses every element once at most, so that noises of the outputs are independent anyhow."""
+    """Whether each example uses every element at most once, so that local's independent output noises are exact."""
     for use in uses:
         rule, known = find_rule("local", use.operation), examples[use.node]
         arguments = arguments_of(rule, use) if rule else None
@@ -180,7 +182,13 @@ def _once(uses: list[Use], examples: Mapping[fx.Node, Examples | None]) -> bool:
 
 
 def is_once(rule: Rule, arguments: dict[str, Any], examples: Examples | None) -> bool:
-    """Whether each example uses every element once at most in one operation; None: its rows depend on several."""
+    """Whether each example uses every element of the parameter at most once in this operation.
+
+    Args:
+        rule: of the operation.
+        arguments: of the operation, or objects that have their shapes.
+        examples: None if its rows depend on several examples.
+    """
     times = rule.uses(arguments)
     return times == 1 or (
         times is not None and examples is not None and examples.dim is not None and times == examples.number
@@ -188,7 +196,7 @@ def is_once(rule: Rule, arguments: dict[str, Any], examples: Examples | None) ->
 
 
 def _disjoint(uses: list[Use]) -> bool:
-    """Whether they meet different parts: pieces of one split, or different rows."""
+    """Whether the uses are of different parts of the parameter: pieces of one split, or different rows."""
     paths = [use.path for use in uses]
     if not all(paths) or len(set(paths)) < len(paths):
         return False
@@ -199,13 +207,14 @@ def _disjoint(uses: list[Use]) -> bool:
 
 
 def _inconsistent(served: list[tuple[Use, Examples]]) -> str:
-    """Why several uses can't share one noise; empty if they can."""
+    """The reason why several uses cannot share one noise; empty if they can."""
     if len({(e.number, e.dim is None) for _, e in served}) > 1:
         return "of examples and of none"
     if len({(use.path, use.operation, e) for use, e in served}) > len({(use.path, use.operation) for use, _ in served}):
-        return "with examples along different dimensions"  # a checkpoint may run any of them again
+        # A checkpoint may run any of the uses again, in any order, and must find which one that is.
+        return "with examples along different dimensions"
     if len({(use.operation, e.dim, e.minor) for use, e in served}) > len({use.operation for use, _ in served}):
-        return "with examples in different dimensions"  # a use that runs again would not be told from the others
+        return "with examples in different dimensions"  # likewise
     if any(use.operation in ("add", "mul") for use, _ in served) and len({use.operation for use, _ in served}) > 1:
         return "by different operations"
     if any(taken[0] not in TRANSPOSES | CASTS for use, _ in served for taken in use.path):
@@ -213,34 +222,33 @@ def _inconsistent(served: list[tuple[Use, Examples]]) -> str:
     return ""
 
 
-def _with_those_along(
+def _with_biases(
     decisions: dict[str, Decision],
     uses: Mapping[str, list[Use]],
     examples: Mapping[fx.Node, Examples | None],
-    estimators: Mapping[str, str],
 ) -> dict[str, Decision]:
-    """A bias goes with its weight: the rule of the operation takes both."""
-    meets: dict[fx.Node, tuple[Decision, Rule, Use]] = {}
+    """Let a bias have the decision of its weight where the weight's rule takes both."""
+    served: dict[fx.Node, tuple[Decision, Rule, Use]] = {}
     for decision in decisions.values():
         for use, _ in decision.uses:
             rule = find_rule(decision.estimator, use.operation)
             if rule is not None:
-                meets.setdefault(use.node, (decision, rule, use))
+                served.setdefault(use.node, (decision, rule, use))
     for name, decision in decisions.items():
         if decision.uses or not uses.get(name):
             continue
-        found = [(use, meets.get(use.node)) for use in uses[name]]
-        owners = {id(met[0]): met[0] for _, met in found if met is not None}
-        if len(owners) != 1 or any(met is None for _, met in found):
+        pairs = [(use, served.get(use.node)) for use in uses[name]]
+        owners = {id(weight[0]): weight[0] for _, weight in pairs if weight is not None}
+        if len(owners) != 1 or any(weight is None for _, weight in pairs):
             continue
         (owner,) = owners.values()
-        if not all(met is not None and _is_along(met[1], met[2], use) for use, met in found):
+        if not all(weight is not None and _is_along(weight[1], weight[2], use) for use, weight in pairs):
             continue
-        if len(found) > 1 and not owner.keeps and not _disjoint(uses[name]):
+        if len(pairs) > 1 and not owner.keeps and not _disjoint(uses[name]):
             continue
         decisions[name] = Decision(
             owner.estimator,
-            uses=[(use, examples[use.node] or Examples()) for use, _ in found],
+            uses=[(use, examples[use.node] or Examples()) for use, _ in pairs],
             keeps=owner.keeps,
             automatic=owner.automatic,
         )
@@ -248,5 +256,6 @@ def _with_those_along(
 
 
 def _is_along(rule: Rule, use: Use, bias: Use) -> bool:
+    """Whether `bias` is an argument that the rule takes along with the weight."""
     arguments = arguments_of(rule, use) or {}
     return any(arguments.get(argument) is bias.source for argument in rule.along)

@@ -1,7 +1,7 @@
-"""One real call as a torch.fx graph: what torch was asked to do while the user's own code ran.
+"""Record one real call as a torch.fx graph: the torch functions that the user's own code calls, in order.
 
-Tensors are known by identity. What data decided (a branch, a length) is in the record as it was decided, so a record
-holds for one set of shapes and decisions; it is to plan by and to look at, and the user's code is what runs.
+Tensors are recognized by identity. A branch or a length that depends on data is recorded as it was in this call, so a
+record is valid for one set of shapes and decisions. Plans are made from it; what runs in training is the user's code.
 """
 
 import functools
@@ -19,46 +19,44 @@ from torch.utils import _pytree as pytree
 from varify.estimators.rules import has_rule
 from varify.graph.tensor_views import step
 
-# What a network asks a value for to decide something: the record holds for calls that decide alike.
+# Methods by which code reads a tensor's value and may branch on it: the record is of calls that branch alike.
 _DECIDING = frozenset({"__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy"})
-# Properties that are values to compute with; the others describe a tensor.
-_COMPUTED = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad"})
 
 
 class Shape(tuple[int, ...]):
-    """What is known of a node's value without it: `meta["shape"]`."""
+    """The shape of a node's value, in `meta["shape"]`."""
 
     __slots__ = ()
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether it is neither sparse nor nested nor of any other kind that few operations take."""
+    """Whether it is an ordinary strided tensor, neither sparse nor nested."""
     return tensor.layout is torch.strided and not tensor.is_nested
 
 
 class Recording(TorchFunctionMode):
-    """Records the calls within it.
+    """A context that records the torch functions called in it.
 
     Args:
-        inputs: the call's tensors by the name of their placeholder.
-        held: what the network holds: by identity, a tensor and the name that its `get_attr` node is to have.
-        chosen: names of the variational parameters: functions of torch's that take one of them, and are written in
-            Python and have no rule, are gone into.
+        inputs: the tensors of the call, by the name of their placeholder.
+        state: parameters and buffers of the network: by id, the tensor and the name of its `get_attr` node.
+        chosen: names of the variational parameters. A torch function that takes one of them, has no rule and is written
+            in Python is recorded by the functions that it calls.
 
     Attributes:
-        graph: so far.
-        decisions: what data decided, in words.
-        constants: tensors that nothing recorded made, by name.
+        graph: the record so far.
+        decisions: where the call read the value of a tensor, in words.
+        constants: tensors and objects from outside of the call and the network, by name.
     """
 
     def __init__(
-        self, inputs: Mapping[str, Tensor], held: Mapping[int, tuple[Tensor, str]], chosen: Container[str]
+        self, inputs: Mapping[str, Tensor], state: Mapping[int, tuple[Tensor, str]], chosen: Container[str]
     ) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.decisions: list[str] = []
         self.constants: dict[str, Any] = {}
-        self._held, self._chosen = held, chosen
+        self._state, self._chosen = state, chosen
         self._known: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._attributes: dict[str, fx.Node] = {}
         self._ambience = self._first_ambience = _ambience()
@@ -75,43 +73,45 @@ class Recording(TorchFunctionMode):
         if _has_chosen(nodes) and not has_rule(func):
             inner = inside(func)
             if inner is not None:
-                with self:
+                with self:  # a mode is off while it handles a call, and must see those within
                     return inner(*args, **kwargs)
+        # If an operation returns its argument itself, it has written into it (a new version) or done nothing (such as
+        # `.contiguous()` of a contiguous tensor), which is not recorded.
         first = args[0] if args and isinstance(args[0], Tensor) else None
         version = None if first is None or first.is_inference() else first._version
         result = func(*args, **kwargs)
         if result is not first or first is None or version is None or first._version != version:
-            self._note(func, nodes, result)  # else nothing was done, as by `.contiguous()` of what is so
+            self._note(func, nodes, result)
         return result
 
-    # --- from values to nodes
+    # --- nodes of values
 
     def _learn(self, tensor: Tensor, node: fx.Node) -> None:
         node.meta["dense"] = is_dense(tensor)
-        node.meta["shape"] = Shape(() if tensor.is_nested else tensor.shape)  # strided nested ones have none
+        node.meta["shape"] = Shape(() if tensor.is_nested else tensor.shape)  # a strided nested tensor has no shape
         node.meta["dtype"] = tensor.dtype
         self._known[id(tensor)] = weakref.ref(tensor), node
 
     def _known_node(self, tensor: Tensor) -> fx.Node | None:
-        ref, node = self._known.get(id(tensor), (None, None))
+        ref, node = self._known.get(id(tensor), (None, None))  # an id may be that of a tensor that is gone
         return node if ref is not None and ref() is tensor else None
 
     def _node(self, value: Any) -> Any:
-        """What stands for an argument in the graph."""
+        """The argument with nodes in the place of tensors."""
         if isinstance(value, tuple):
-            made = [self._node(one) for one in value]
-            return type(value)._make(made) if hasattr(value, "_make") else tuple(made)
+            items = [self._node(item) for item in value]
+            return type(value)._make(items) if hasattr(value, "_make") else tuple(items)
         if isinstance(value, list):
-            return [self._node(one) for one in value]
+            return [self._node(item) for item in value]
         if isinstance(value, dict):
-            return {key: self._node(one) for key, one in value.items()}
+            return {key: self._node(item) for key, item in value.items()}
         if isinstance(value, slice):
-            return slice(*(self._node(one) for one in (value.start, value.stop, value.step)))
+            return slice(*(self._node(bound) for bound in (value.start, value.stop, value.step)))
         if not isinstance(value, Tensor):
-            return value if isinstance(value, _WRITABLE) else self._constant(value)
+            return value if isinstance(value, _LITERALS) else self._constant(value)
         node = self._known_node(value)
         if node is None:
-            tensor, name = self._held.get(id(value), (None, ""))
+            tensor, name = self._state.get(id(value), (None, ""))
             node = self._get_attr(name) if tensor is value else self._constant(value)
             self._learn(value, node)
         return node
@@ -127,7 +127,7 @@ class Recording(TorchFunctionMode):
         self.constants[name] = value
         return self.graph.create_node("get_attr", name)
 
-    # --- what is recorded
+    # --- nodes of calls
 
     def _note(self, func: Any, nodes: Any, result: Any) -> None:
         args, kwargs = nodes
@@ -147,16 +147,16 @@ class Recording(TorchFunctionMode):
         if isinstance(result, Tensor):
             self._learn(result, node)
         elif isinstance(result, (tuple, list)):
-            for i, one in enumerate(result):
-                if isinstance(one, Tensor):
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
                     part = self.graph.call_function(operator.getitem, (node, i))
                     part.meta["chosen"] = node.meta.get("chosen", False)
-                    self._learn(one, part)
+                    self._learn(item, part)
 
     def _note_transformed(self, args: Any, kwargs: Any) -> None:
-        """Tensors within a transform are of no use outside; but weights that came in by a closure are used there."""
+        """Record that a transform uses a weight, as by a closure. Its own tensors mean nothing outside of it."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        nodes = [self._node(t) for t in tensors if id(t) in self._held or self._known_node(t) is not None]
+        nodes = [self._node(t) for t in tensors if id(t) in self._state or self._known_node(t) is not None]
         if any(node.meta.get("chosen") for node in nodes):
             self.graph.call_function(transform_of_torch_func, tuple(nodes))
 
@@ -183,12 +183,12 @@ class Recording(TorchFunctionMode):
         if self._ambience != self._first_ambience:
             self.graph.call_function(set_ambience, self._first_ambience)
         self.graph.output(tuple(leaves))
-        for node in reversed(self.graph.nodes):
+        for node in reversed(self.graph.nodes):  # the items of outputs that nothing uses
             if node.target is operator.getitem and not node.users and isinstance(node.args[0], fx.Node):
                 self.graph.erase_node(node)
 
 
-_WRITABLE = (
+_LITERALS = (
     *(type(None), type(...), bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format),
     *(torch.layout, fx.Node),
 )
@@ -196,7 +196,7 @@ _WRITABLE = (
 
 def _has_chosen(nodes: Any) -> bool:
     args, kwargs = nodes
-    return any(isinstance(one, fx.Node) and one.meta.get("chosen", False) for one in (*args, *kwargs.values()))
+    return any(isinstance(arg, fx.Node) and arg.meta.get("chosen", False) for arg in (*args, *kwargs.values()))
 
 
 def _has_node(tree: Any) -> bool:
@@ -204,7 +204,10 @@ def _has_node(tree: Any) -> bool:
 
 
 def _ambience() -> tuple[Any, ...]:
-    """Whether gradients are on, and what autocast does: a graph has no blocks, so changes are operations in it."""
+    """Whether gradients are on, and the state of autocast.
+
+    A graph has no `with` blocks, so changes of this state are recorded as operations, `set_ambience`.
+    """
     return (
         torch.is_grad_enabled(),
         *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
@@ -212,7 +215,7 @@ def _ambience() -> tuple[Any, ...]:
 
 
 def set_ambience(gradients: bool, *autocast: tuple[bool, torch.dtype]) -> None:
-    """Turn gradients and autocast on or off, as the blocks of the network's code did at this place."""
+    """Turn gradients and autocast on or off, as `with` blocks in the network's code did here."""
     torch.set_grad_enabled(gradients)
     for kind, (enabled, dtype) in zip(("cpu", "cuda"), autocast, strict=True):
         torch.set_autocast_enabled(kind, enabled)
@@ -220,27 +223,28 @@ def set_ambience(gradients: bool, *autocast: tuple[bool, torch.dtype]) -> None:
 
 
 def transforms() -> int | None:
-    """How many transforms of torch.func run around this, such as vmap or grad; None if none does."""
+    """The number of torch.func transforms (vmap, grad, ...) around this; None if there is none."""
     level: int | None = torch._C._functorch.maybe_current_level()
     return level
 
 
 def transform_of_torch_func(*tensors: Tensor) -> None:
-    """Stands in a record for what a transform within forward does with these."""
+    """A node in the place of whatever a transform within forward does with these tensors."""
 
 
 @functools.cache
 def inside(function: Any) -> Callable[..., Any] | None:
-    """A function of torch's that is written in Python, such that its own calls are seen; None for any other.
+    """A copy of a torch function written in Python that dispatches only the functions it calls; None for any other.
 
-    Torch asks at its start whether somebody wants to be told of the call as a whole; in this copy the answer is no.
+    Such a function begins with `if has_torch_function(...)`, by which a mode or a tensor subclass gets the call as a
+    whole. In the copy that is False, so the functions that it calls are seen instead.
     """
     if not isinstance(function, types.FunctionType) or not function.__module__.startswith("torch."):
         return None
     names = function.__code__.co_names
     if "has_torch_function" not in names and not any(name.startswith("has_torch_function") for name in names):
         return None
-    answers = {name: _no for name in function.__globals__ if name.startswith("has_torch_function")}
+    answers = {name: _false for name in function.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(
         function.__code__, {**function.__globals__, **answers}, function.__name__, None, function.__closure__
     )
@@ -248,12 +252,12 @@ def inside(function: Any) -> Callable[..., Any] | None:
     return copy
 
 
-def _no(*_: Any) -> bool:
+def _false(*_: Any) -> bool:
     return False
 
 
 def placeholders(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The distinct tensors of a call, under names to be placeholders."""
+    """The distinct tensors of a call, by the names of their placeholders."""
     leaves: Iterable[Any] = pytree.tree_leaves((args, dict(kwargs)))
     distinct = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}
     return {f"x{i}": tensor for i, tensor in enumerate(distinct.values())}

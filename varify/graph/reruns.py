@@ -1,4 +1,4 @@
-"""Activation checkpoints run parts of a call again in backward: the noise is to be the same then."""
+"""Activation checkpoints: detect them, and give a use that is recomputed in backward the noise of its first run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,12 +11,12 @@ from varify.graph.tensor_views import Path
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the default generator of a device."""
+    """The state of the default generator of a device."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def set_random_state(device: torch.device, state: Tensor) -> None:
-    """Put the default generator of a device into a state."""
+    """Set the state of the default generator of a device."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -27,12 +27,19 @@ def set_random_state(device: torch.device, state: Tensor) -> None:
 def noise_of_use(
     states: dict[Path, tuple[Tensor, Tensor]], path: Path, again: bool, device: torch.device
 ) -> Iterator[None]:
-    """Within, the random numbers of a use; `again`: those of its first time, whatever the generator's state is.
+    """Context in which a use draws its noise; when it is recomputed, the noise of its first run.
 
-    A checkpoint that restored the generator goes on with the numbers that followed then, also where the use itself has
-    kept its noise and draws none.
+    A checkpoint restores the generator only with `preserve_rng_state=True`, so the noise must not depend on that. Where
+    it did, the numbers that follow must be those that followed in forward (of dropout, for example), also if the use
+    draws none this time since its noise was saved.
+
+    Args:
+        states: random states before and after each use, by path from the parameter; those of a first run are added.
+        path: of this use.
+        again: whether it is recomputed.
+        device: of the parameter.
     """
-    if not again and not in_checkpoint():  # it will not run again
+    if not again and not in_checkpoint():  # it will not be recomputed
         yield
         return
     now = random_state(device)
@@ -51,15 +58,19 @@ def noise_of_use(
 
 
 def in_checkpoint() -> bool:
-    """Whether a checkpoint that saves no tensors is around: backward runs what is within again."""
+    """Whether this runs within a non-reentrant checkpoint, which saves no tensors and recomputes them in backward."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def kept_by_no_checkpoint() -> Any:
-    """Within, tensors are saved for backward as ever: a checkpoint would not find them when it runs again."""
+def hidden_from_checkpoints() -> Any:
+    """Context in which tensors are saved for backward as usual, also within a checkpoint.
+
+    A checkpoint counts the tensors that forward saves and expects to meet as many when it recomputes. What is computed
+    once a call, such as a draw, is not computed again then, so the checkpoint must not count it.
+    """
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # within transforms
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
@@ -70,8 +81,8 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def may_run_again() -> bool:
-    """Whether a checkpoint may be around a call: backward runs it again then, and must find what forward did.
+    """Whether a call may be within a checkpoint, so that backward recomputes it.
 
-    Of a reentrant one nothing is seen but that gradients are off.
+    Of a reentrant checkpoint nothing can be seen but that gradients are off.
     """
     return not torch.is_grad_enabled() or in_checkpoint()

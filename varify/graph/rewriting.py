@@ -1,4 +1,4 @@
-"""The pass itself: a graph whose parameters are posteriors."""
+"""Rewrite a torch.fx graph so that its parameters are drawn, or estimated by rules."""
 
 import copy
 import functools
@@ -27,19 +27,19 @@ def rewrite(
     batch_dim: int = 0,
     strict: bool = False,
 ) -> fx.GraphModule:
-    """A graph in which every parameter that has a posterior is one: a draw, or its moments under an estimator's rule.
+    """A graph in which each parameter that has a posterior is a draw of it, or its moments under an estimator's rules.
 
     Args:
-        graph_module: of `vnet.graph`, `torch.fx.symbolic_trace`, `torch.export` (`.module()`), ...: parameters are
+        graph_module: from `vnet.graph`, `torch.fx.symbolic_trace`, `torch.export` (`.module()`), ...: parameters are
             its `get_attr` nodes, or are within modules that it calls and that torch.fx can trace. It is not changed.
         posteriors: by the parameter's name there, such as `vnet.posteriors`.
         estimators: one for all, or by name.
-        inputs: tensors to call it with, which estimators need, to find out which rows belong to one example.
+        inputs: tensors to call it with; required by estimators, to find which rows belong to one example.
         batch_dim: the dimension of `inputs` that counts examples.
-        strict: raise where an estimator can't be had, in place of drawing the weights.
+        strict: raise where an estimator is unavailable, instead of drawing the weights.
 
     Returns:
-        A runnable module: each call draws afresh. `meta["decisions"]` has the `Decision` of each parameter.
+        A runnable module, whose noise is new in each call. `meta["decisions"]` has the `Decision` of each parameter.
 
     Raises:
         EstimatorError: an unknown estimator, or one without inputs; a module with posteriors that torch.fx can't
@@ -50,17 +50,19 @@ def rewrite(
         for n in posteriors
     }
     if not inputs and set(chosen.values()) != {"weights"}:
-        raise EstimatorError("an estimator needs inputs=(...), tensors to find out with which rows are one example's")
+        raise EstimatorError(
+            "an estimator needs inputs=(...), tensors to call the graph with, to find which rows belong to one example"
+        )
     new = fx.GraphModule(graph_module, _inlined(graph_module, set(posteriors)))
     parameters = {n.target: n for n in new.graph.nodes if n.op == "get_attr" and n.target in posteriors}
     uses = {str(name): uses_of(node) for name, node in parameters.items()}
     nodes = [use.node for name in uses if chosen[name] != "weights" for use in uses[name]]
     examples: dict[fx.Node, Examples | None] = {}
     if nodes:
-        given = dict(zip((n.name for n in new.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        values = dict(zip((n.name for n in new.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         _learn_shapes(new, inputs)
-        held = {str(n.target): _held(new, n) for n in new.graph.nodes if n.op in ("get_attr", "call_module")}
-        examples = find_examples(new.graph, held, given, nodes, batch_dim)
+        attributes = {str(n.target): _attribute(new, n) for n in new.graph.nodes if n.op in ("get_attr", "call_module")}
+        examples = find_examples(new.graph, attributes, values, nodes, batch_dim)
     decisions = decide(uses, chosen, examples)
     refuse(decisions, strict)
     put(new, parameters, decisions, posteriors)
@@ -68,7 +70,7 @@ def rewrite(
 
 
 def refuse(decisions: Mapping[str, Decision], strict: bool) -> None:
-    """Raise an EstimatorError if `strict` and a parameter is drawn against what was wanted."""
+    """Raise an EstimatorError if `strict` and a parameter is drawn though an estimator was requested."""
     failed = "; ".join(f"{name}: {decision.why}" for name, decision in decisions.items() if decision.why)
     if failed and strict:
         raise EstimatorError(f"strict=True, and an estimator falls back to drawn weights for {failed}")
@@ -80,7 +82,7 @@ def put(
     decisions: Mapping[str, Decision],
     posteriors: Mapping[str, GaussianPosterior],
 ) -> None:
-    """Put a posterior in the place of each parameter's `get_attr` node, and rules in the places of operations."""
+    """Replace `get_attr` nodes of parameters by posteriors, and operations that use moments by rules, in place."""
     graph = module.graph
     vars(module)["posteriors"] = dict(posteriors)
     first = next((n for n in graph.nodes if n.op != "placeholder"), None)
@@ -88,7 +90,7 @@ def put(
     estimated = {name for name, decision in decisions.items() if decision.uses or decision.unseen}
     with graph.inserting_before(first):
         source = graph.create_node("get_attr", "posteriors")
-        # the draws first, in the order of the posteriors, which is that of a forward's
+        # draws first, in the order of the posteriors: as in a forward, so that a seed gives the same numbers
         stand_ins = {}
         for name in [*(n for n in posteriors if n not in estimated), *(n for n in posteriors if n in estimated)]:
             if name not in parameters and name in estimated:
@@ -96,32 +98,33 @@ def put(
             label = name.replace(".", "_")
             q = graph.create_node("call_function", operator.getitem, (source, name), name=f"q_{label}")
             if name in estimated:
-                kept: dict[str, Any] = {"keeping": _number(decisions[name])} if decisions[name].keeps else {}
-                stand_ins[name] = graph.create_node("call_method", "moments", (q,), kept, name=label)
+                shared: dict[str, Any] = {"keeping": _number(decisions[name])} if decisions[name].keeps else {}
+                stand_ins[name] = graph.create_node("call_method", "moments", (q,), shared, name=label)
             else:
                 stand_ins[name] = graph.create_node("call_method", "rsample", (q,), name=label)
     for name, node in parameters.items():
         node.replace_all_uses_with(stand_ins[name])
         graph.erase_node(node)
-    _place_rules(graph, decisions)
+    _insert_rules(graph, decisions)
     module.meta["decisions"] = dict(decisions)
     module.recompile()
 
 
 def _number(decision: Decision) -> int:
+    """The number of examples at its uses."""
     return max(examples.number for _, examples in decision.uses)
 
 
-def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
-    met: dict[fx.Node, tuple[Rule, Examples]] = {}
+def _insert_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
+    rules: dict[fx.Node, tuple[Rule, Examples]] = {}
     viewed: dict[fx.Node, fx.Node] = {}
     for decision in decisions.values():
         for use, examples in decision.uses:
             rule = find_rule(decision.estimator, use.operation)
             if rule is not None:
-                met[use.node] = rule, examples
+                rules[use.node] = rule, examples
             _view_moments(graph, use.source, len(use.path), viewed)
-    for node, (rule, examples) in met.items():
+    for node, (rule, examples) in rules.items():
         with graph.inserting_before(node):
             new = graph.create_node("call_function", rule.function, (examples, *node.args), dict(node.kwargs))
         node.replace_all_uses_with(new)
@@ -129,7 +132,7 @@ def _place_rules(graph: fx.Graph, decisions: Mapping[str, Decision]) -> None:
 
 
 def _view_moments(graph: fx.Graph, node: fx.Node, steps: int, viewed: dict[fx.Node, fx.Node]) -> None:
-    """Make the views on the way from a parameter to an operation views of its moments; `viewed`: those made so far."""
+    """Replace the last `steps` views before an operation by views of moments; `viewed` has those replaced so far."""
     for _ in range(steps):
         node = viewed.get(node, node)
         source = node.args[0]
@@ -153,22 +156,22 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-# --- graphs of others
+# --- graphs that were not recorded
 
 
 class _Through(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Nothing is: parameters are within."""
+        """No module is a leaf: their parameters must be nodes of the graph."""
         return False
 
 
 def _inlined(module: fx.GraphModule, names: set[str]) -> fx.Graph:
-    """A copy of the graph in which calls of modules that hold a parameter of `names` are what these do."""
+    """A copy of the graph in which modules with a parameter of `names` are not called but inlined."""
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in names):
-            copies[node] = _called(graph, module, node, copies)
+            copies[node] = _inlined_call(graph, module, node, copies)
         elif node.op == "output":
             graph.output(fx.node.map_arg(node.args[0], lambda n: copies[n]))
         else:
@@ -176,7 +179,7 @@ def _inlined(module: fx.GraphModule, names: set[str]) -> fx.Graph:
     return graph
 
 
-def _called(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict[fx.Node, Any]) -> Any:
+def _inlined_call(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict[fx.Node, Any]) -> Any:
     part = module.get_submodule(str(call.target))
     try:
         inner = _Through().trace(part)
@@ -185,13 +188,13 @@ def _called(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict
             f"{call.target}, a {type(part).__name__}, has posteriors, and torch.fx can't trace it ({error}); "
             "vnet.graph(*inputs) records it"
         ) from error
-    given = [copies.get(a, a) if isinstance(a, fx.Node) else a for a in call.args]
+    positional = [copies.get(a, a) if isinstance(a, fx.Node) else a for a in call.args]
     named = {key: copies.get(a, a) if isinstance(a, fx.Node) else a for key, a in call.kwargs.items()}
     values: dict[fx.Node, Any] = {}
     for node in inner.nodes:
         if node.op == "placeholder":
             default = node.args[0] if node.args else None
-            values[node] = given.pop(0) if given else named.get(str(node.target), default)
+            values[node] = positional.pop(0) if positional else named.get(str(node.target), default)
         elif node.op == "output":
             return fx.node.map_arg(node.args[0], lambda n: values[n])
         else:
@@ -202,36 +205,39 @@ def _called(graph: fx.Graph, module: fx.GraphModule, call: fx.Node, copies: dict
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the shapes of what it runs, by node."""
+    """Runs a graph and notes the shapes of its nodes, by name."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run it and note its shape."""
+        """Run a node and note the shape of its value."""
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.found[n.name] = tuple(result.shape)
+            self.shapes[n.name] = tuple(result.shape)
         return result
 
 
 def _learn_shapes(module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
-    shapes = _Shapes(copy.deepcopy(module))  # batch normalization counts its calls
+    shapes = _Shapes(copy.deepcopy(module))  # a copy, since batch normalization updates its statistics
     with torch.no_grad(), torch.random.fork_rng([t.device.index for t in inputs if t.is_cuda]):
         shapes.run(*inputs)
     for node in module.graph.nodes:
-        if node.name in shapes.found:
-            node.meta["shape"] = shapes.found[node.name]
+        if node.name in shapes.shapes:
+            node.meta["shape"] = shapes.shapes[node.name]
 
 
-def _held(module: nn.Module, node: fx.Node) -> Any:
-    """What a node gets or calls; a module in a copy, with batch normalization in eval, where rows are their own."""
-    held = functools.reduce(getattr, str(node.target).split("."), module)
+def _attribute(module: nn.Module, node: fx.Node) -> Any:
+    """The value that a node gets, or a copy of the module that it calls.
+
+    Batch normalization is in eval mode there: with the statistics of the batch, each row would depend on all examples.
+    """
+    value = functools.reduce(getattr, str(node.target).split("."), module)
     if node.op == "get_attr":
-        return held
-    held = copy.deepcopy(held)
-    for part in held.modules():
+        return value
+    value = copy.deepcopy(value)
+    for part in value.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.eval()
-    return held
+    return value

@@ -1,4 +1,4 @@
-"""Views of a parameter: other orders, shapes, types and parts of its elements, of its moments as of itself."""
+"""View operations (transpose, reshape, cast, split, ...) applied to a parameter, or to its moments alike."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,23 +18,23 @@ PARTS = frozenset({"chunk", "split", "unbind", "getitem", "narrow", "select"})
 TRANSPOSES = frozenset({"t", "T", "mT"})
 PROPERTIES = frozenset({"T", "mT"})
 
-# How a view came from its parameter: names of operations, each with its further arguments.
+# The operations that led from a parameter to a view of it: each a name and the further arguments as text.
 Path = tuple[tuple[str, str], ...]
 
 
 def step(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str] | None:
-    """One step of a `Path`, if an operation of this name with these further arguments is a view; else None."""
+    """The step of a `Path` that an operation is, given its name and further arguments; None if it is no view."""
     name = "getitem" if name == "__getitem__" else name
     if name not in VIEWS and name not in PARTS:
         return None
     further = (*args, *sorted(kwargs.items()))
     if any(isinstance(leaf, (Tensor, fx.Node)) for leaf in pytree.tree_leaves(further)):
         return None
-    return name, repr(tuple(tuple(one) if isinstance(one, torch.Size) else one for one in further))
+    return name, repr(tuple(tuple(arg) if isinstance(arg, torch.Size) else arg for arg in further))
 
 
 def view_moments(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
-    """A view of moments; a tuple of them where the operation makes several parts."""
+    """The view of moments; a tuple of moments if the operation returns several parts."""
     if name in CASTS:
         mu = getattr(moments.mu, name)(*args, **kwargs)
         return moments.viewed(lambda t: mu if t is moments.mu else t.to(mu.device))
@@ -45,7 +45,7 @@ def view_moments(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def view_tensor(tensor: Tensor, name: str, *args: Any, **kwargs: Any) -> Any:
-    """The view of a tensor."""
+    """The view of a tensor; a tuple if the operation returns several parts."""
     if name == "getitem":
         return tensor[args[0]]
     found = getattr(tensor, name)

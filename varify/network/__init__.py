@@ -1,1 +1,1 @@
-"""The user's module: its parameters, copies and views. No posterior, no graph."""
+"""The user's module: its parameters, copies and views. Knows neither posteriors nor graphs."""

@@ -1,4 +1,4 @@
-"""What is refused before anything is done."""
+"""Checks on a model before it is converted."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from varify.network.parameters import is_variational
 
 
 def check_model(model: Any) -> None:
-    """Refuse what can't be converted, and say what to give instead.
+    """Raise for a model that cannot be converted.
 
     Raises:
-        ModelError: see the message.
+        ModelError: it is no module, variational already, TorchScript, wrapped, compiled or lazy; the message says what
+            to pass instead.
     """
     name = type(model).__name__
     if not isinstance(model, nn.Module):

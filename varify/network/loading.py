@@ -1,4 +1,4 @@
-"""Loading a state dict all or nothing, with tied parameters still tied."""
+"""Helpers for `load_state_dict`: a trial run without side effects, and ties that `assign=True` keeps."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,18 +13,23 @@ from varify.network.parameters import slot_names
 
 
 def try_loading(vnet: nn.Module, network: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
-    """Raise what torch raises when `vnet` loads this; nothing of it changes.
+    """Load into a meta-device copy, so that a bad state dict raises before `vnet` is changed.
+
+    torch copies tensor by tensor and raises at the end: a state dict that fails half-way would leave a mixture.
 
     Args:
         vnet: a variational module.
-        network: the plain one in it.
-        state_dict: as for torch, as is `strict`.
+        network: the plain network in it.
+        state_dict: as for `torch.nn.Module.load_state_dict`.
         strict: likewise.
+
+    Raises:
+        RuntimeError: what torch raises for it; a StructureError if it is a checkpoint of the plain network.
     """
     trial = weightless_copy(vnet)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that copying to the meta device does nothing, which is the point
+            warnings.simplefilter("ignore")  # "copying to a meta parameter is a no-op", which is the point
             nn.Module.load_state_dict(trial, state_dict, strict)
     except RuntimeError as error:
         if state_dict and set(state_dict) & set(network.state_dict()):
@@ -37,11 +42,13 @@ def try_loading(vnet: nn.Module, network: nn.Module, state_dict: Mapping[str, An
 
 @contextmanager
 def tied(network: nn.Module, assign: bool) -> Iterator[None]:
-    """Within, `load_state_dict(assign=True)` may give each slot of a tied parameter a tensor of its own; undone after.
+    """Context for `load_state_dict(assign=True)`, after which parameters that were tied are tied again.
+
+    torch assigns by name, so each slot of a tied parameter gets its own tensor, and training would update one of them.
 
     Args:
-        network: that loads.
-        assign: whether it does so by assigning.
+        network: the module that loads.
+        assign: whether it loads with `assign=True`; otherwise nothing is done.
     """
     if not assign:
         yield

@@ -1,4 +1,4 @@
-"""Every distinct parameter of a network, its slots and its names."""
+"""Parameters of a network: each distinct tensor once, with its slots and its names."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,10 @@ from torch import nn
 
 
 class Slot(NamedTuple):
-    """Where a parameter lives: `owner._parameters[attr]`, called `name` from the network's root."""
+    """A parameter slot: `owner._parameters[attr]`, named `name` from the network's root.
+
+    The slot and not the tensor identifies a parameter, since `.to()` or `assign=True` may replace the tensor.
+    """
 
     name: str
     owner: nn.Module
@@ -14,14 +17,14 @@ class Slot(NamedTuple):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is now."""
+        """The tensor that is in the slot now."""
         parameter = self.owner._parameters[self.attr]
         assert parameter is not None
         return parameter
 
     @property
     def fan_in(self) -> int:
-        """Product of all dimensions but the first; for a parameter of fewer than two, that of its layer's weight."""
+        """Product of all dimensions but the first; for a vector or scalar, the fan-in of its layer's weight matrix."""
         weight: nn.Parameter | None = self.parameter
         if weight is not None and weight.dim() < 2:
             weight = _matrix_beside(self)
@@ -29,7 +32,7 @@ class Slot(NamedTuple):
 
 
 def _matrix_beside(slot: Slot) -> nn.Parameter | None:
-    """The tensor of two or more dimensions that `slot` belongs to: `weight_ih_l0` for `bias_ih_l0`, else the first."""
+    """The matrix in the same layer: `weight_ih_l0` for `bias_ih_l0`, else the first of two or more dimensions."""
     own = slot.owner._parameters
     parametrized = getattr(slot.owner, "parametrizations", None)
     inner = list(parametrized.parameters()) if isinstance(parametrized, nn.ModuleDict) else []
@@ -38,7 +41,7 @@ def _matrix_beside(slot: Slot) -> nn.Parameter | None:
 
 
 def first_slots(network: nn.Module) -> dict[str, Slot]:
-    """Every distinct parameter under its first name."""
+    """The first slot of every distinct parameter, by name."""
     found: dict[int, Slot] = {}
     for path, module in network.named_modules():
         for attr, parameter in module._parameters.items():
@@ -48,13 +51,13 @@ def first_slots(network: nn.Module) -> dict[str, Slot]:
 
 
 def alias_names(network: nn.Module) -> dict[str, str]:
-    """First name of the parameter by each name it has, its first one too."""
+    """The first name of a parameter by each of its names, the first one included."""
     first = {id(slot.parameter): name for name, slot in first_slots(network).items()}
     return {name: first[id(p)] for name, p in network.named_parameters(remove_duplicate=False)}
 
 
 def slot_names(network: nn.Module) -> dict[str, str]:
-    """First name of the parameter at each place that holds one: a shared module is one place, a tied weight two."""
+    """The first name of the parameter in each slot. A shared module counts once; a tied weight has two slots."""
     first = {id(slot.parameter): name for name, slot in first_slots(network).items()}
     return {
         f"{path}.{attr}" if path else attr: first[id(parameter)]
@@ -65,5 +68,5 @@ def slot_names(network: nn.Module) -> dict[str, str]:
 
 
 def is_variational(module: nn.Module) -> bool:
-    """Whether it is a `VariationalModule`, which stands above this and so is known by what it has."""
+    """Whether it is a `VariationalModule`, recognized by an attribute since that class may not be imported here."""
     return hasattr(type(module), "state_of_a_view")

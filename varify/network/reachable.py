@@ -1,7 +1,7 @@
-"""What an object holds, found and replaced without running anybody's code.
+"""Traversal of the objects that an object refers to, without running user code.
 
-The one walk over networks: copies and views of one need to know everything that its modules reach, not only what they
-have registered.
+Copies and views of a network use it, since they must handle everything that its modules reach, not only registered
+modules, parameters and buffers.
 """
 
 import logging
@@ -25,34 +25,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# They hold nothing, and there are many of them.
+# Leaf objects, left out of every traversal: they refer to nothing, and most objects are of these types.
 _PLAIN = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, slice, type(...), CodeType}
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
 )
-# They hold the rest of the process, or nothing that is a part of them.
+# Not entered: they lead to the rest of the process (modules, loggers, threads) or own none of what they refer to.
 _CLOSED: tuple[type, ...] = (
     *(type, ModuleType, Tensor, logging.Filterer, threading.Thread, threading.local),
     *(weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType),
 )
 _DICTS = frozenset({dict, OrderedDict})
 _CONTAINERS = (list, tuple, set, frozenset, deque)
-# A subclass of these may have attributes of its own.
+# Of these exact types there are no instance attributes to look at; subclasses may have some.
 _BARE = frozenset({*_DICTS, *_CONTAINERS, MethodType, BuiltinFunctionType})
 
 
 def children(value: Any) -> Iterable[Any]:
-    """The objects that `value` holds, but for plain ones (numbers, strings, dtypes, ...).
+    """The objects that `value` directly refers to, without plain ones (numbers, strings, dtypes, ...).
 
-    These are keys and values of a dict, items of a list, tuple, set or deque, what a `partial` or a method is bound to
-    and calls, cells, defaults and attributes of a function, and attributes of any other object, in slots as well.
-    Nothing of types, Python modules, tensors, loggers and threads, and what a weak reference points to is not held.
+    These are keys and values of a dict; items of a list, tuple, set or deque; function and arguments of a `partial`;
+    function and object of a bound method; cells, defaults and attributes of a function; attributes and slots of any
+    other object. Types, Python modules, tensors, loggers, threads and weak references have none.
 
-    Each stays alive as long as `value` holds it, so that its id is its own. Only `value` itself is looked at: no
-    property, `__getattr__` or `__iter__` of a class of the user's own is called.
+    Each child stays alive as long as `value` refers to it, so its `id` stays unique. Nothing that a user's class
+    defines is called (properties, `__getattr__`, `__iter__`): such code may have side effects or fail.
     """
     kind = type(value)
-    if kind in _DICTS:  # the most of a module's attributes, and most of them empty
+    if kind in _DICTS:  # a shortcut: most attributes of a module are dicts, and most of these are empty
         return [part for part in (*value, *value.values()) if type(part) not in _PLAIN] if value else ()
     if kind in _PLAIN or issubclass(kind, _CLOSED):
         return ()
@@ -62,12 +62,12 @@ def children(value: Any) -> Iterable[Any]:
 def reachable(
     roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]] = children, seen: set[int] | None = None
 ) -> Iterator[Any]:
-    """Everything reached from `roots`, themselves included, each object once and plain ones never.
+    """All objects reached from `roots`, these included; each once, plain ones never.
 
     Args:
         roots: where to start.
-        parts: of an object, those to go on to.
-        seen: ids of objects to leave out, to which those found are added.
+        parts: from an object to those to visit next.
+        seen: ids of objects to skip; the ids of the visited ones are added.
     """
     seen = set() if seen is None else seen
     pending = list(roots)
@@ -80,7 +80,7 @@ def reachable(
 
 
 def contents(cell: CellType) -> Any:
-    """What a closure's variable is, None while it has no value."""
+    """The value of a closure variable, None while it is unset."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -88,9 +88,9 @@ def contents(cell: CellType) -> Any:
 
 
 def replaced(value: Any, new: Callable[[Any], Any]) -> Any:
-    """`value` with `new(part)` for each of its `children`: itself where it can be changed, else another with those.
+    """`value` with each of its `children` replaced by `new(child)`: in place if it is mutable, else as a new object.
 
-    A function, which may share its cells with others, is left as it is.
+    A function is returned unchanged: its cells may be shared with functions that must keep the old values.
     """
     kind = type(value)
     if kind in _PLAIN or issubclass(kind, (*_CLOSED, FunctionType)):
@@ -145,29 +145,27 @@ def _items(value: Any, kind: type) -> list[Any]:
 
 
 def attributes(value: Any) -> dict[str, Any]:
-    """What `vars(value)` is, without running code of its class; an empty dict where there is none."""
+    """`vars(value)` without running code of its class; an empty dict if it has no `__dict__`."""
     for base in type(value).__mro__:
         found = base.__dict__.get("__dict__")
-        if found is not None and type(found) in (
-            GetSetDescriptorType,
-            MemberDescriptorType,
-        ):  # not a property of the user's own
+        # the real descriptor only: a class may define a property of that name, which would run user code
+        if found is not None and type(found) in (GetSetDescriptorType, MemberDescriptorType):
             own = found.__get__(value)
             return {} if own is None else own
     return {}
 
 
 def slots(kind: type) -> list[MemberDescriptorType]:
-    """The slots of objects of this class."""
-    made = [base for base in kind.__mro__ if "__slots__" in base.__dict__]
-    return [slot for base in made for slot in base.__dict__.values() if type(slot) is MemberDescriptorType]
+    """The `__slots__` descriptors of a class, inherited ones included."""
+    bases = [base for base in kind.__mro__ if "__slots__" in base.__dict__]
+    return [slot for base in bases for slot in base.__dict__.values() if type(slot) is MemberDescriptorType]
 
 
 def in_slot(slot: MemberDescriptorType, value: Any) -> Any:
-    """What is in it, None if nothing is."""
+    """The value in a slot, None if it is unset."""
     try:
         return slot.__get__(value)
-    except AttributeError:  # nothing was set
+    except AttributeError:  # unset
         return None
 
 
@@ -178,6 +176,7 @@ def _new(part: Any, new: Callable[[Any], Any]) -> Any:
 def _replace_in_dict(value: dict[Any, Any], new: Callable[[Any], Any]) -> None:
     before = list(dict.items(value))
     now = [(_new(key, new), _new(part, new)) for key, part in before]
+    # A new key means refilling, by methods that a subclass may override; new values alone are set without them.
     if any(key is not old for (key, _), (old, _) in zip(now, before, strict=True)):
         value.clear()
         value.update(now)

@@ -1,4 +1,4 @@
-"""Copying an object as far as it leads to others that something stands for, and no further."""
+"""Substitution: copy an object as far as it refers to objects that are replaced, and share the rest."""
 
 import copy
 import functools
@@ -17,18 +17,18 @@ from varify.network.reachable import attributes, children, contents, in_slot, sl
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
-def beneath(value: Any) -> Iterator[Any]:
-    """`value` and all that it leads to, each once; of modules and tensors themselves alone."""
+def referenced_by(value: Any) -> Iterator[Any]:
+    """`value` and all objects that it refers to, each once; modules and tensors are not entered."""
     seen: set[int] = set()
     pending = [value]
     while pending:
-        one = pending.pop()
-        if isinstance(one, PLAIN) or id(one) in seen:
+        part = pending.pop()
+        if isinstance(part, PLAIN) or id(part) in seen:
             continue
-        seen.add(id(one))
-        yield one
-        if not isinstance(one, (Tensor, nn.Module)):
-            pending.extend(_children(one))
+        seen.add(id(part))
+        yield part
+        if not isinstance(part, (Tensor, nn.Module)):
+            pending.extend(_children(part))
 
 
 def _children(value: Any) -> list[Any]:
@@ -37,30 +37,31 @@ def _children(value: Any) -> list[Any]:
     return list(children(value))
 
 
-class Replacing:
-    """A function from an object to its like in which others stand for some: `mapping`, by their identity.
+class Substitution:
+    """A function from an object to its counterpart, in which some objects are replaced by others.
 
-    What leads to none of them is returned as it is. What does is copied: containers, helper objects, functions with
-    closures, bound methods, partials, weak references. One object has one copy.
+    An object that refers to none of those is returned as it is. Others are copied: containers, helper objects,
+    functions with closures, bound methods, partials, weak references. An object has one copy, so that what
+    is shared within the network is shared within the view.
 
     Args:
-        mapping: what stands for an object, by the object's identity.
-        earlier: one whose copies serve here too.
+        mapping: the replacements, by the id of the object that is replaced.
+        earlier: a substitution whose copies are used here, too.
     """
 
-    def __init__(self, mapping: Mapping[int, Any], earlier: "Replacing | None" = None) -> None:
+    def __init__(self, mapping: Mapping[int, Any], earlier: "Substitution | None" = None) -> None:
         self._mapping = mapping
         self._copies: dict[int, tuple[Any, Any]] = dict(earlier._copies) if earlier else {}
-        # what can be written to: the original, its copy, and what both had at first
+        # of mutable objects: the original, its copy, and the contents of both when the copy was made
         self._mutable: list[tuple[Any, Any, list[Any], list[Any]]] = []
 
     def __call__(self, value: Any) -> Any:
-        """`value`, or its copy."""
+        """The counterpart of `value`."""
         if isinstance(value, PLAIN):
             return value
         if id(value) in self._mapping:
             return self._mapping[id(value)]
-        if isinstance(value, (Tensor, nn.Module)) or not any(id(one) in self._mapping for one in beneath(value)):
+        if isinstance(value, (Tensor, nn.Module)) or not self._leads(value):
             return value
         return self._copied(value)
 
@@ -69,7 +70,7 @@ class Replacing:
             self._copy(value)
         return self._copies[id(value)][1]
 
-    def _keep(self, value: Any, new: Any) -> Any:
+    def _add(self, value: Any, new: Any) -> Any:
         self._copies[id(value)] = value, new
         return new
 
@@ -77,23 +78,25 @@ class Replacing:
         if isinstance(value, types.FunctionType):
             self._copy_function(value)
         elif isinstance(value, types.BuiltinMethodType):
-            self._keep(value, getattr(self(value.__self__), value.__name__))
+            self._add(value, getattr(self(value.__self__), value.__name__))
         elif isinstance(value, types.MethodType):
-            self._keep(value, types.MethodType(self(value.__func__), self(value.__self__)))
+            self._add(value, types.MethodType(self(value.__func__), self(value.__self__)))
         elif isinstance(value, functools.partial):
-            named = {key: self(one) for key, one in value.keywords.items()}
-            self._keep(value, type(value)(self(value.func), *map(self, value.args), **named))
+            named = {key: self(part) for key, part in value.keywords.items()}
+            self._add(value, type(value)(self(value.func), *map(self, value.args), **named))
         elif isinstance(value, weakref.ReferenceType):
-            self._keep(value, weakref.ref(self(value())))
+            self._add(value, weakref.ref(self(value())))
         elif isinstance(value, (tuple, frozenset)):
-            self._keep(value, _rebuilt(value, [self(one) for one in value]))
+            self._add(value, _rebuilt(value, [self(part) for part in value]))
         else:
             self._copy_mutable(value)
 
     def _copy_function(self, value: types.FunctionType) -> None:
+        # New cells: a function's variables live in its cells, and setting those of the live function would give it,
+        # and all functions that share them, the weights of this call.
         cells = tuple(self._cell(cell) for cell in value.__closure__ or ())
         new = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
-        self._keep(value, new)  # before what it leads to, which may be itself
+        self._add(value, new)  # before the cells are filled: a recursive function is in one of its own
         for cell, old in zip(cells, value.__closure__ or (), strict=True):
             if cell is not old and contents(cell) is None:
                 cell.cell_contents = self(old.cell_contents)
@@ -101,55 +104,60 @@ class Replacing:
         new.__kwdefaults__ = self(value.__kwdefaults__)
         new.__qualname__, new.__doc__, new.__module__ = value.__qualname__, value.__doc__, value.__module__
         new.__annotations__ = value.__annotations__
-        vars(new).update({key: self(one) for key, one in vars(value).items()})
+        vars(new).update({key: self(part) for key, part in vars(value).items()})
 
     def _cell(self, cell: Any) -> Any:
-        """The cell itself where it leads to nothing of ours, so that it is still shared; else an empty one for it."""
+        """A new, empty cell for one that leads to a replaced object.
+
+        Any other stays shared: a counter that the function increments by `nonlocal` must count in the live network.
+        """
         if id(cell) in self._copies:
             return self._copies[id(cell)][1]
         if not self._leads(contents(cell)):
             return cell
-        return self._keep(cell, types.CellType())
+        return self._add(cell, types.CellType())
 
     def _leads(self, value: Any) -> bool:
-        return any(id(one) in self._mapping for one in beneath(value))
+        """Whether `value` refers to a replaced object or is one."""
+        return any(id(part) in self._mapping for part in referenced_by(value))
 
     def _copy_mutable(self, value: Any) -> None:
+        # A helper object is made without its `__init__` or `__copy__`: user code that runs here may have side effects.
         is_container = isinstance(value, (dict, list, set, deque))
         new = copy.copy(value) if is_container else _empty(type(value))
-        self._keep(value, new)
-        had = contents_of(value)
+        self._add(value, new)
+        before = contents_of(value)
         fill(new, value, self)
-        self._mutable.append((value, new, had, contents_of(new)))
+        self._mutable.append((value, new, before, contents_of(new)))
 
     def changed(self) -> bool:
-        """Whether an original has other contents now than when it was copied."""
-        return any(not _same(contents_of(value), had) for value, _, had, _ in self._mutable)
+        """Whether an original was changed since it was copied, so that its copy is out of date."""
+        return any(not _same(contents_of(value), before) for value, _, before, _ in self._mutable)
 
     def written(self) -> bool:
-        """Whether a copy has."""
-        return any(not _same(contents_of(new), had) for _, new, _, had in self._mutable)
+        """Whether a copy was changed since it was made."""
+        return any(not _same(contents_of(new), before) for _, new, _, before in self._mutable)
 
-    def give_back(self, back: "Replacing") -> None:
-        """Write into the originals what was written into their copies, as `back` has it."""
-        for i, (value, new, _, had) in enumerate(self._mutable):
-            if not _same(contents_of(new), had):
+    def write_back(self, back: "Substitution") -> None:
+        """Apply to the originals what was written into their copies; `back` maps objects of the view to live ones."""
+        for i, (value, new, _, before) in enumerate(self._mutable):
+            if not _same(contents_of(new), before):
                 fill(value, new, back)
                 self._mutable[i] = value, new, contents_of(value), contents_of(new)
 
     def copies(self) -> list[Any]:
-        """All that were made."""
+        """All copies."""
         return [new for _, new in self._copies.values()]
 
     def reversed(self) -> dict[int, Any]:
-        """The originals by the identity of their copies."""
+        """The originals by the id of their copies."""
         return {id(new): value for value, new in self._copies.values()}
 
 
 def _empty(kind: type) -> Any:
     try:
         return object.__new__(kind)
-    except TypeError:  # not written in Python
+    except TypeError:  # a class not written in Python
         return kind.__new__(kind)  # type: ignore[call-overload]
 
 
@@ -158,13 +166,13 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
 
 
 def contents_of(value: Any) -> list[Any]:
-    """All that is in it, keys and values, in order."""
+    """Keys, items, attributes and slots of a mutable object, in order: two lists that are `is`-equal mean no change."""
     own: list[Any] = []
     if isinstance(value, dict):
-        own += [thing for item in dict.items(value) for thing in item]
+        own += [part for item in dict.items(value) for part in item]
     elif isinstance(value, (list, set, deque)):
         own += list(value)
-    own += [thing for item in attributes(value).items() for thing in item]
+    own += [part for item in attributes(value).items() for part in item]
     return own + [in_slot(slot, value) for slot in slots(type(value))]
 
 
@@ -172,23 +180,23 @@ def _same(now: list[Any], then: list[Any]) -> bool:
     return len(now) == len(then) and all(map(is_, now, then))
 
 
-def fill(target: Any, source: Any, like: Callable[[Any], Any]) -> None:
-    """Give `target` the contents of `source`, each as `like` has it."""
+def fill(target: Any, source: Any, counterpart: Callable[[Any], Any]) -> None:
+    """Replace the contents of `target` by those of `source`, each mapped by `counterpart`."""
     if isinstance(source, dict):
-        items = {like(key): like(one) for key, one in dict.items(source)}
+        entries = {counterpart(key): counterpart(part) for key, part in dict.items(source)}
         dict.clear(target)
-        dict.update(target, items)
+        dict.update(target, entries)
     elif isinstance(source, (list, deque)):
-        things = [like(one) for one in source]
+        items = [counterpart(part) for part in source]
         target.clear()
-        target.extend(things)
+        target.extend(items)
     elif isinstance(source, set):
-        members = {like(one) for one in source}
+        members = {counterpart(part) for part in source}
         target.clear()
         target.update(members)
-    own = {key: like(one) for key, one in attributes(source).items()}
+    own = {key: counterpart(part) for key, part in attributes(source).items()}
     attributes(target).clear()
     attributes(target).update(own)
     for slot in slots(type(source)):
         if (part := in_slot(slot, source)) is not None:
-            slot.__set__(target, like(part))
+            slot.__set__(target, counterpart(part))

@@ -1,4 +1,4 @@
-"""Which parameters of a network become variational, and why the others don't."""
+"""Selection of the parameters to make variational, with a reason for each that is skipped."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,23 +11,23 @@ from torch import nn
 from varify.errors import SelectionError, listed
 from varify.network.parameters import Slot, first_slots, is_variational
 
-# What `variationalize` takes for `where`: a glob on names, several, a predicate (name, parameter, owner), or None.
+# The type of `where` in `variationalize`: a glob on names, several, a predicate (name, parameter, owner), or None.
 WhereLike = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
 T = TypeVar("T")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-# "Norm" as a word of a name in CamelCase or snake_case, or the end of a word such as "Layernorm": not "Abnormality".
+# "Norm" as a word of a class name in CamelCase or snake_case, or after "layer", "batch", ...: not "Abnormality".
 _NORM_WORD = re.compile(
     r"(?:Norm|(?<![a-z])norm|(?i:(?:batch|layer|group|instance|rms)norm))(?:ali[sz](?:ation|er)|s)?(?![a-z])"
 )
 
 
 def matches(name: str, pattern: str | Sequence[str]) -> bool:
-    """Whether a glob, or one of several, matches a parameter's name."""
+    """Whether a glob, or any of several, matches a parameter name."""
     return any(fnmatchcase(name, glob) for glob in ([pattern] if isinstance(pattern, str) else pattern))
 
 
 def by_glob(setting: Any, default: T, names: Iterable[str], known: Callable[[Any], T]) -> dict[str, T]:
-    """One setting for all names, or `{glob: setting}` with the last match winning and `default` elsewhere.
+    """Settings by name, from one setting for all or from `{glob: setting}`; the last match wins, `default` elsewhere.
 
     Raises:
         SelectionError: a glob matches nothing.
@@ -46,28 +46,30 @@ def matching(names: Iterable[str], where: str | Sequence[str]) -> list[str]:
     """The names that `where` matches.
 
     Raises:
-        SelectionError: there is none.
+        SelectionError: a glob matches no name.
     """
     names = list(names)
     for glob in [where] if isinstance(where, str) else where:
         if not any(matches(name, glob) for name in names):
-            raise SelectionError(f"where={glob!r} matches no parameter; there are {listed(names)}{_meant(glob, names)}")
+            raise SelectionError(
+                f"where={glob!r} matches no parameter; there are {listed(names)}{_layer_hint(glob, names)}"
+            )
     matched = [name for name in names if matches(name, where)]
     if not matched:
         raise SelectionError(f"where={where!r} matches no parameter; there are {listed(names)}")
     return matched
 
 
-def _meant(glob: Any, names: Iterable[str]) -> str:
-    """A hint for somebody who wrote a layer's name."""
+def _layer_hint(glob: Any, names: Iterable[str]) -> str:
+    """A hint if `glob` is the name of a layer and not of a parameter."""
     return f"; for the layer, write {glob + '.*'!r}" if any(n.startswith(f"{glob}.") for n in names) else ""
 
 
 def choose(network: nn.Module, where: WhereLike) -> tuple[dict[str, Slot], dict[str, str]]:
-    """The slots to make variational and, for all others, why not.
+    """The slots to make variational by name, and the reason for each parameter that is skipped.
 
     Raises:
-        SelectionError: nothing is chosen.
+        SelectionError: no parameter is selected.
     """
     chosen: dict[str, Slot] = {}
     skipped: dict[str, str] = {}
@@ -77,7 +79,7 @@ def choose(network: nn.Module, where: WhereLike) -> tuple[dict[str, Slot], dict[
     for name, slot in everything.items():
         why_not = "variational already" if id(slot.parameter) in inside else _impossible(slot)
         if why_not is None:
-            why_not = _default_exclusion(slot) if where is None else _not_asked_for(slot, where)
+            why_not = _default_exclusion(slot) if where is None else _not_selected(slot, where)
         if why_not is None:
             chosen[name] = slot
         else:
@@ -91,16 +93,16 @@ def _check_where(where: Any, names: Iterable[str]) -> None:
     if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, nn.Module)):
         return
     if not isinstance(where, (list, tuple, set)) or not all(isinstance(glob, str) for glob in where):
-        needed = "a glob on parameter names, several, or a predicate (name, parameter, owner_module)"
-        raise SelectionError(f"where must be {needed}, got {where!r}")
+        options = "a glob on parameter names, several, or a predicate (name, parameter, owner_module)"
+        raise SelectionError(f"where must be {options}, got {where!r}")
     if where:
         matching(names, list(where))
 
 
 def padding_rows(network: nn.Module, chosen: Mapping[str, Slot]) -> dict[str, torch.Tensor]:
-    """Masks, 1 at the padding row, of the embeddings that have one: it stands for no input and gets no gradient.
+    """Masks, 1 at the padding row, of embeddings that have one: that row gets no gradient, so it is not random.
 
-    Not of those that are tied to a layer of another kind, to which the row is one as any other.
+    An embedding that is tied to a layer of another kind gets none: there, the row is a weight like any other.
     """
     owners: dict[int, list[nn.Module]] = {}
     for module in network.modules():
@@ -146,29 +148,29 @@ def _default_exclusion(slot: Slot) -> str | None:
 
 
 def _scales_or_shifts(slot: Slot) -> bool:
-    """Whether a normalization layer scales or shifts by this parameter."""
-    # torch's own may do so over several dimensions, as LayerNorm([C, H, W]) does
+    """Whether it is the scale or shift of a normalization layer."""
+    # those of torch's layers may have several dimensions, as in LayerNorm([C, H, W])
     if isinstance(slot.owner, _NORMS) and slot.attr in ("weight", "bias"):
         return True
-    # what is known by its name alone may be a layer that normalizes and does more, with matrices of its own
-    return slot.parameter.dim() < 2 and is_normalisation(slot.owner)
+    # a layer recognized by its class name may do more than normalize, and its matrices are weights like any other
+    return slot.parameter.dim() < 2 and is_normalization(slot.owner)
 
 
-def is_normalisation(module: nn.Module) -> bool:
-    """Torch's normalization layers, and others' by a word of their name (`LlamaRMSNorm`, `BatchNormAct2d`, ...)."""
+def is_normalization(module: nn.Module) -> bool:
+    """Whether it is a torch normalization layer, or named like one (`LlamaRMSNorm`, `BatchNormAct2d`)."""
     return isinstance(module, _NORMS) or _NORM_WORD.search(type(module).__name__) is not None
 
 
-def _not_asked_for(slot: Slot, where: Any) -> str | None:
-    asked_for = where(slot.name, slot.parameter, slot.owner) if callable(where) else matches(slot.name, where)
-    return None if asked_for else "not chosen"
+def _not_selected(slot: Slot, where: Any) -> str | None:
+    selected = where(slot.name, slot.parameter, slot.owner) if callable(where) else matches(slot.name, where)
+    return None if selected else "not chosen"
 
 
 def _nothing_chosen(where: WhereLike, skipped: dict[str, str]) -> str:
     if not skipped:
         return "the model has no parameters, so there is nothing to make variational"
-    told = listed(f"{name} ({why})" for name, why in skipped.items())
+    reasons = listed(f"{name} ({why})" for name, why in skipped.items())
     if where is None:
-        return f"no parameter can be made variational by default; say where=... to choose from {told}"
-    hint = _meant(where, skipped) if isinstance(where, str) else ""
-    return f"where={where!r} matches no parameter that can be variational; this model has {told}{hint}"
+        return f"no parameter can be made variational by default; say where=... to choose from {reasons}"
+    hint = _layer_hint(where, skipped) if isinstance(where, str) else ""
+    return f"where={where!r} matches no parameter that can be variational; this model has {reasons}{hint}"

@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part (FSDP2), seen whole."""
+"""Sharded parameters (FSDP2): detected, gathered, or refused."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,21 @@ from varify.errors import StructureError
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all parts of a `DTensor` together; differentiable, each part counting once."""
+    """The tensor, a `DTensor` gathered from all processes. Differentiable; each shard's gradient counts once."""
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `fully_shard` took the module, and it has its parameters in parts at the moment."""
+    """Whether `fully_shard` was applied to the module and its parameters are sharded right now."""
     return hasattr(module, "unshard") and any(hasattr(p, "full_tensor") for p in module.parameters())
 
 
 def refuse_sharded(module: nn.Module, what: str) -> None:
-    """Raise a StructureError if `module` has its parameters in parts: `what` needs them whole, and in one place."""
+    """Raise a StructureError if the parameters of `module` are sharded; `what`: the function that needs them whole."""
     if is_sharded(module):
         raise StructureError(
-            f"{what} needs the whole parameters, and each process has a part (fully_shard): gather them by "
+            f"{what} needs whole parameters, but these are sharded over processes (fully_shard): gather them by "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict, load them into a variational module that is "
             "not sharded, and call it on that"
         )
@@ -32,7 +32,7 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within, a module that `fully_shard` took has its parameters whole, as it has them in its own forward."""
+    """Context in which the parameters of a module under `fully_shard` are gathered, as in its own forward."""
     fsdp: Any = module
     sharded = is_sharded(module)
     if sharded:

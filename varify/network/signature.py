@@ -1,4 +1,4 @@
-"""The signature of a call, and whether a network has hooks."""
+"""The signature of a call, which is the key of cached plans; and whether a network has hooks."""
 
 import inspect
 from collections.abc import Mapping
@@ -9,7 +9,10 @@ from torch.utils import _pytree as pytree
 
 
 def call_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Hashable: of each argument whether it is a tensor, of how many dimensions, of what layout; not its values."""
+    """A hashable key: keyword names, the type of each argument; of tensors dtype, number of dimensions and layout.
+
+    Sizes and values are not part of it, so batches of any size share a plan.
+    """
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     return tuple(sorted(kwargs)), tuple(
         (leaf.dtype, leaf.dim(), leaf.layout, leaf.is_nested) if isinstance(leaf, Tensor) else type(leaf)
@@ -27,7 +30,7 @@ def takes(network: nn.Module, name: str) -> bool:
 
 
 def has_hooks(network: nn.Module) -> bool:
-    """Whether calling `network` runs anybody's hook; torch's own, such as those of `weight_norm`, don't count."""
+    """Whether a user's hook runs in a call of `network`; torch's own, such as those of `weight_norm`, don't count."""
     return any(
         not _module_of(hook).startswith("torch.")
         for module in network.modules()

@@ -1,4 +1,4 @@
-"""Things kept beside the network's parameters, under the same dotted names."""
+"""A module tree that stores values under the dotted names of the network's parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,19 @@ HALF = (torch.float16, torch.bfloat16)
 class Tree(nn.Module):
     """Parameters, buffers or modules at dotted names: `put_leaf("fc1.weight", p)` gives the key `fc1.weight`.
 
-    Stays in single precision when a network is made half: sigma is a small number whose logarithm matters.
+    Keeps single precision when a network is cast to half: sigma is small, and rho would lose the digits that tell small
+    sigmas apart.
     """
 
     def put_leaf(self, name: str, leaf: Tensor | nn.Module) -> None:
-        """Set the leaf at `name`, in place of one that is there; a tensor that is no parameter becomes a buffer."""
+        """Set or replace the leaf at `name`; a tensor that is no parameter becomes a buffer."""
         head, _, rest = name.partition(".")
         if rest:
             branch = self._modules.setdefault(head, type(self)())
             assert isinstance(branch, Tree)
             branch.put_leaf(rest, leaf)
             return
-        # Into torch's tables and not by setattr(): a network's layer may be called like a method of this class.
+        # Written to torch's tables and not by setattr(): a layer may be named like a method of this class.
         parameters, buffers, modules = tables = _tables(self)
         right = parameters if isinstance(leaf, nn.Parameter) else buffers if isinstance(leaf, Tensor) else modules
         for table in tables:
@@ -33,11 +34,11 @@ class Tree(nn.Module):
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was ever put in."""
+        """Whether it has no leaf."""
         return not any(_tables(self))
 
     def clear(self) -> None:
-        """Take all leaves out."""
+        """Remove all leaves."""
         for table in _tables(self):
             table.clear()
 
@@ -47,7 +48,7 @@ class Tree(nn.Module):
         return table.get(last)
 
     def place_of(self, name: str) -> tuple[dict[str, Any], str]:
-        """The table that has the leaf at `name`, or an empty one, and its key there."""
+        """The table that has the leaf at `name`, and the leaf's key there; an empty table if there is no leaf."""
         branch: nn.Module | None = self
         *path, last = name.split(".")
         for part in path:

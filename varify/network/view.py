@@ -1,9 +1,9 @@
-"""The network with other weights: a view, which runs the user's own code and leaves the live network alone.
+"""Views: run the user's own code with other weights, without changing the live network.
 
-A view is a shallow copy of the module tree. Its modules have the classes of the network's modules and share their
-buffers, hooks and attributes; their parameters are those of one call. What leads back into the tree by another way (a
-list of layers, a bound method, a closure, a helper object) is copied as far as it does so, so that no way leads from
-the view to a parameter that it replaces. What forward sets is set in the network when the call is over.
+A view is a shallow copy of the module tree. Its modules, the shells, have the classes of the live modules and share
+their buffers, hooks and attributes; their parameters are those of one call. Attributes that lead back into the tree (a
+list of layers, a bound method, a closure, a helper object) are copied as far as they do, so that nothing in the view
+leads to a live parameter that the call replaces. What forward sets is written back to the network after the call.
 """
 
 import copy
@@ -19,28 +19,28 @@ from torch.utils import _pytree as pytree
 
 from varify.errors import at_users_line
 from varify.network.parameters import Slot
-from varify.network.parts import Part, Stale, Theta, can_be_copied, leads_of, shell_of, that_reach
-from varify.network.replacing import Replacing, beneath, contents_of, fill
+from varify.network.parts import Part, Stale, Theta, can_be_copied, modules_reaching, references_of, shell_of
+from varify.network.replacing import Substitution, contents_of, fill, referenced_by
 
 
 class Discarded(BaseException):
-    """A call is to be as if it had not been. Not an `Exception`: the network's own `except` is not meant by it."""
+    """Aborts a call and drops its effects. No `Exception`, so that an `except Exception` in the network misses it."""
 
 
 class Views:
-    """Views of one network, kept between calls: each call takes a free one, or makes one.
+    """A pool of views of one network: each call takes a free view, or makes one.
 
-    So each thread has a view of its own, and so has a call within a call; and the parts of a view are the same objects
-    from call to call, as caches by a module's identity ask.
+    So concurrent calls, in threads or nested, have different views and need no lock. Views are reused since caches
+    keyed by `id(module)` in the user's code must meet the same modules again, and would grow with each call otherwise.
 
     Args:
-        network: the live one.
+        network: the live network.
         slots: of the parameters that a call may replace, by name.
         whole: see `View`.
     """
 
     def __init__(self, network: nn.Module, slots: Mapping[str, Slot], *, whole: bool) -> None:
-        self.network, self._sites, self._whole = network, slots, whole
+        self.network, self._slots, self._whole = network, slots, whole
         self._free: list[View] = []
 
     def run(
@@ -50,10 +50,10 @@ class Views:
         training: bool | None = None,
         buffers: dict[int, Tensor] | None = None,
     ) -> Any:
-        """`call(network)` with a network whose parameters are `theta`, a tensor by name; see `View.enter`.
+        """The output of `call(view)`, the view having the parameters `theta`.
 
         Args:
-            call: runs it. Where it raises `Discarded`, nothing that forward has set is set in the network.
+            call: runs the network that it is given. If it raises `Discarded`, nothing is written back.
             theta: see `View.enter`, as are `training` and `buffers`.
             training: likewise.
             buffers: likewise.
@@ -62,22 +62,22 @@ class Views:
         try:
             output = call(view.network)
         except Discarded:
-            view.keeps = False
+            view.writes_back = False
             raise
         except Exception as error:
-            raise at_users_line(error)  # noqa: B904  # it is the same one
+            raise at_users_line(error)  # noqa: B904  # the same error
         finally:
             is_free = view.leave()
             if is_free:
                 self._free.append(view)
-        return output if is_free else view.following(output)
+        return output if is_free else view.with_write_back(output)
 
     def _entered(self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None) -> "View":
         while True:
             try:
-                view, is_new = self._free.pop(), False  # in one step, so that no two threads have the same
+                view, is_new = self._free.pop(), False  # atomic, so that no two threads get the same view
             except IndexError:
-                names = {id(slot.parameter): name for name, slot in self._sites.items()}
+                names = {id(slot.parameter): name for name, slot in self._slots.items()}
                 view, is_new = View(self.network, names, self._whole), True
             try:
                 view.enter(theta, training, buffers)
@@ -88,147 +88,158 @@ class Views:
 
 
 class View:
-    """One view; serves one call at a time.
+    """One view, for one call at a time.
 
     Args:
-        network: the live one.
-        names: of the parameters that a call may replace, by their identity.
-        whole: every module is the view's own, and nothing that forward sets reaches the network; else only modules
-            that lead to a parameter of `names` are, and what forward sets is set in the network.
+        network: the live network.
+        names: of the parameters that a call may replace, by id.
+        whole: whether every module gets a shell and nothing is written back. Otherwise only modules that lead to a
+            parameter of `names` get one; what forward sets is written back.
 
     Attributes:
-        network: to be called.
-        keeps: whether what forward sets will be set in the network.
+        network: the root shell, to be called.
+        writes_back: whether what forward sets in this call is written back.
     """
 
     def __init__(self, network: nn.Module, names: Mapping[int, str], whole: bool) -> None:
-        self.keeps = self._keeps = not whole
-        leads = leads_of(network)
-        drawn = that_reach(set(names), leads)
-        live = [module for module in leads if (whole or id(module) in drawn) and can_be_copied(module)]
+        self.writes_back = self._writes_back = not whole
+        references = references_of(network)
+        drawn = modules_reaching(set(names), references)
+        live = [module for module in references if (whole or id(module) in drawn) and can_be_copied(module)]
         shells = {id(module): shell_of(module) for module in live}
         self._shells: dict[int, Any] = dict(shells)
-        self._static = Replacing(self._shells)
-        self._parts = [Part(m, shells[id(m)], leads[m], names, self._static, whole) for m in live]
+        # Attributes that lead to shells only are copied once. Those that lead to a replaced parameter are copied for
+        # each call, by `_call`, since they must lead to the weights of that call.
+        self._static = Substitution(self._shells)
+        self._parts = [Part(m, shells[id(m)], references[m], names, self._static, whole) for m in live]
         self._varying = any(part.varying for part in self._parts)
-        self._scripted = [module for module in leads if not can_be_copied(module)]
+        self._scripted = [module for module in references if not can_be_copied(module)]
         self._modes: list[bool] = []
-        self._call: Replacing | None = None
+        self._call: Substitution | None = None
         self._cached: dict[Any, Any] | None = None
         self.network: nn.Module = shells.get(id(network), network)
-        # Whoever keeps one of these after a call (a checkpoint, a generator) may run it with the weights of that call.
-        self._watched: list[Any] = [shells[id(m)] for m in live if id(m) in drawn]
-        self._watched += [vars(shell)["_modules"] for shell in self._watched]
-        self._watched += self._static.copies()
-        del shells
-        self._unheld = self._references()
+        # Whoever still refers to one of these after a call (a checkpoint, a generator, the user) may run it later and
+        # must then find the weights of that call: recomputed with those of a later call, gradients would be wrong
+        # without a sign. So a view is reused only if nobody refers to its parts. Reference counts tell that without the
+        # holder's help: they are compared with those of now, when only the view itself does.
+        self._counted: list[Any] = [shells[id(m)] for m in live if id(m) in drawn]
+        self._counted += [vars(shell)["_modules"] for shell in self._counted]
+        self._counted += self._static.copies()
+        del shells  # it would count
+        self._idle_counts = self._counts()
 
-    def _references(self) -> list[int]:
-        return list(map(sys.getrefcount, self._watched))
+    def _counts(self) -> list[int]:
+        return list(map(sys.getrefcount, self._counted))
 
     def enter(self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None) -> None:
-        """Put a call's weights in the place of the parameters.
+        """Load the weights of a call.
 
         Args:
-            theta: by name; of one that is missing the view has the live parameter.
-            training: the training flag of all parts; None: those of the live ones.
-            buffers: those of the view in the place of the network's, by their identity; what is missing is copied and
-                put in. None: the network's.
+            theta: weights by name; a parameter that is missing is the live one.
+            training: the training flag of all modules; None: those of the live modules.
+            buffers: the view's own buffers by the id of the live ones; missing ones are cloned and added. None: the
+                live buffers.
 
         Raises:
-            Stale: the network has changed.
+            Stale: the network has changed, so that a new view is needed.
         """
-        self.keeps = self._keeps
+        self.writes_back = self._writes_back
         for part in self._parts:
             part.refresh()
         if self._static.changed():
             raise Stale
         if self._varying:
             draws = {id(p): theta[name] for part in self._parts for p, name in part.parameters() if name in theta}
-            self._call = Replacing(self._shells | draws, self._static)
+            self._call = Substitution(self._shells | draws, self._static)
         for part in self._parts:
-            part.put(theta, training, buffers, self._call)
-        if training is not None:  # TorchScript can't be copied: its own flag is set meanwhile
+            part.load(theta, training, buffers, self._call)
+        if training is not None:  # TorchScript modules are shared, so their flag is set for the time of the call
             self._modes = [module.training for module in self._scripted]
             for module in self._scripted:
                 module.training = training
         self._cached = None
-        if parametrize._cache_enabled:  # it knows the modules of all copies by one identity
+        if parametrize._cache_enabled:  # the live module and all its copies have one key in it
             self._cached = dict(parametrize._cache)
             parametrize._cache.clear()
 
     def leave(self) -> bool:
-        """Take the weights out again, and set in the network what forward has set, if it `keeps`.
+        """End the call: write back what forward has set, and load the live weights if the view can be reused.
 
         Returns:
-            Whether the view can serve again: nothing that the call left behind needs it as it is.
+            Whether it can: nothing that the call left behind refers to the view and needs the weights of this call.
         """
-        self._give_back()
+        self._write_back_all()
         for module, mode in zip(self._scripted, self._modes, strict=False):
             module.training = mode
         self._modes = []
         if self._cached is not None:
             parametrize._cache.clear()
             parametrize._cache.update(self._cached)
-        call, self._call = self._call, None
-        del call
-        if self._references() != self._unheld and not self._taken_back():
+        self._call = None  # its copies refer to shells, and would count
+        if self._counts() != self._idle_counts and not self._released():
             return False
         for part in self._parts:
-            part.put({}, None, None, None)
+            part.load({}, None, None, None)
         return True
 
-    def _back(self) -> Replacing:
+    def _to_live(self) -> Substitution:
+        """From objects of the view to the live ones: shells to modules, draws to parameters, copies to originals."""
         pairs = {id(part.shell): part.live for part in self._parts}
         for part in self._parts:
             pairs |= {id(draw): live for draw, live in part.drawn()}
-        return Replacing(pairs | self._static.reversed() | (self._call.reversed() if self._call else {}))
+        return Substitution(pairs | self._static.reversed() | (self._call.reversed() if self._call else {}))
 
-    def _give_back(self) -> None:
-        back: Replacing | None = None
+    def _write_back_all(self) -> None:
+        back: Substitution | None = None
         for part in self._parts:
-            if part.has_set():
-                if self.keeps:
-                    back = back or self._back()
-                    part.give_back(back)
-                part.forget()
+            if part.has_changes():
+                if self.writes_back:
+                    back = back or self._to_live()
+                    part.write_back(back)
+                part.undo()
         for copies in (self._static, self._call):
-            if self.keeps and copies is not None and copies.written():
-                back = back or self._back()
-                copies.give_back(back)
+            if self.writes_back and copies is not None and copies.written():
+                back = back or self._to_live()
+                copies.write_back(back)
 
-    def _taken_back(self) -> bool:
-        """Whether nothing holds the view once its modules are out of what hooks and helpers wrote into."""
+    def _released(self) -> bool:
+        """Put live modules for shells in the network's containers; whether nothing refers to the view then.
+
+        A hook may have stored its module, a shell, in a list or as the key of a dict. The user means the live module
+        there, and while the shell is in it the view cannot be reused.
+        """
         shells = {id(part.shell): part.live for part in self._parts}
-        reached = [one for part in self._parts for value in vars(part.live).values() for one in beneath(value)]
-        holders = [one for one in reached if isinstance(one, (dict, list, set, deque))]
-        del reached
-        for holder in holders:
-            if any(id(one) in shells for one in contents_of(holder)):
-                fill(holder, copy.copy(holder), Replacing(shells))
-        return self._references() == self._unheld
+        reached = [
+            thing for part in self._parts for value in vars(part.live).values() for thing in referenced_by(value)
+        ]
+        containers = [thing for thing in reached if isinstance(thing, (dict, list, set, deque))]
+        del reached  # it may refer to shells, which would count
+        for container in containers:
+            if any(id(thing) in shells for thing in contents_of(container)):
+                fill(container, copy.copy(container), Substitution(shells))
+        return self._counts() == self._idle_counts
 
-    def following(self, output: Any) -> Any:
-        """The output of a call that holds this view; what its generators set later is set in the network as well."""
+    def with_write_back(self, output: Any) -> Any:
+        """The output of a call that still refers to this view, with generators that write back after each step."""
         if not any(isinstance(leaf, GeneratorType) for leaf in pytree.tree_leaves(output)):
             return output
-        return pytree.tree_map(lambda leaf: self._steps(leaf) if isinstance(leaf, GeneratorType) else leaf, output)
+        return pytree.tree_map(lambda leaf: self._stepwise(leaf) if isinstance(leaf, GeneratorType) else leaf, output)
 
-    def _steps(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    def _stepwise(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         step: Callable[[Any], Any] = generator.send
-        given: Any = None
+        sent: Any = None
         while True:
             try:
-                value = step(given)
+                value = step(sent)
             except StopIteration as end:
                 return end.value
             finally:
-                self._give_back()
+                self._write_back_all()
             try:
-                step, given = generator.send, (yield value)
+                step, sent = generator.send, (yield value)
             except GeneratorExit:
                 generator.close()
-                self._give_back()
+                self._write_back_all()
                 raise
             except BaseException as error:
-                step, given = generator.throw, error
+                step, sent = generator.throw, error

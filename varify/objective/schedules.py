@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from varify.errors import ArgumentError, positive_int
 
+__all__ = ["Schedule", "blundell", "cyclical", "uniform", "warm_up"]
+
 Schedule = Callable[[int], float]
 
 

@@ -1,4 +1,4 @@
-"""Many draws through one network: one after another, or several at once by vmap, with the same weights either way."""
+"""Run a network with many draws, sequentially or vectorized by vmap, with the same weights either way."""
 
 import threading
 import weakref
@@ -12,20 +12,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 Theta = dict[str, Any]
-# What an output may hold beside tensors; anything else may hold tensors in turn.
+# Leaves of an output other than tensors; an object of any other type may contain tensors.
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, Enum)
-# Weights of as many draws at once as fit in this much memory; activations come on top.
-BYTES_AT_ONCE = 2**28
+# Draws are vectorized in chunks whose weights take at most this many bytes, without activations.
+CHUNK_BYTES = 2**28
 
 
 class Draws(NamedTuple):
     """What `many` returns.
 
     Attributes:
-        outputs: one a draw, in order.
-        vectorized: whether they ran at once.
-        keeps: whether the network was seen to keep tensors of a call, in a list or a cache; None: nobody looked.
-        agrees: whether a draw was seen to have one output by itself and vectorized; None: nobody looked.
+        outputs: by draw, in order.
+        vectorized: whether they ran vectorized.
+        keeps: whether the network was seen to store tensors of a call, in a list or a cache; None if not checked.
+        agrees: whether a draw was seen to have the same output alone and vectorized; None if not checked.
     """
 
     outputs: list[Any]
@@ -46,14 +46,14 @@ def many(
     """Outputs of `n_samples` draws.
 
     Args:
-        run: the network's output for one draw.
-        draw: one draw. Several are drawn before the first runs, so that they are the same either way.
-        n_samples: how many.
-        vectorize: whether to run several at once; None: unless `slow`.
-        slow: the network has operations that are slower vectorized.
-        watch: run the first draw by itself, and all others so too if the network keeps a tensor of it (what it would
-            keep of a vectorized run is of no use to anybody), or if the output is another when it is vectorized (as
-            with a random generator of the network's own, whose number all draws of a run would share).
+        run: from one draw to the network's output.
+        draw: makes one draw. A chunk is drawn before any of it runs, so that the weights are the same either way.
+        n_samples: number of draws.
+        vectorize: whether to run vectorized; None: unless `slow`.
+        slow: whether the network has operations that are slower vectorized.
+        watch: whether to run the first draw alone, and then all sequentially if the network stores a tensor of the call
+            (those of a vectorized run are of no use outside of it), or if the output differs from the vectorized one
+            (a network with its own random generator, for example, uses one number for all draws of a vectorized run).
     """
     vectorize = (not slow if vectorize is None else vectorize) and n_samples > 1
     keeps: bool | None = None
@@ -63,7 +63,7 @@ def many(
     most = n_samples
     while len(outputs) < n_samples:
         thetas = [draw()]
-        chunk = max(1, min(n_samples - len(outputs), BYTES_AT_ONCE // _bytes(thetas[0])))
+        chunk = max(1, min(n_samples - len(outputs), CHUNK_BYTES // _bytes(thetas[0])))
         thetas += [draw() for _ in range(chunk - 1)]
         if vectorize and watch and not outputs:
             first, keeps = watched(run, thetas[0])
@@ -74,24 +74,24 @@ def many(
                 outputs += [alone.pop() if alone else run(theta) for theta in thetas]
                 break
             try:
-                found = _vectorized(run, thetas[:most])
+                chunk_outputs = _vectorized(run, thetas[:most])
                 if alone:
-                    vectorize = agrees = _agree(found[0], alone[0])
+                    vectorize = agrees = _agree(chunk_outputs[0], alone[0])
                 if vectorize:
                     alone.clear()
-                    outputs += found
+                    outputs += chunk_outputs
                     thetas = thetas[most:]
             except torch.OutOfMemoryError:
                 if most == 1:
                     raise
                 most = max(1, min(most, len(thetas)) // 2)
-            except Exception:  # no batching rule, randomness in forward, an argument's own error: the loop tells which
+            except Exception:  # no batching rule, randomness, or an error of the user's, which the loop raises again
                 vectorize = False
     return Draws(outputs, vectorize, keeps, agrees)
 
 
 def _agree(one: Any, other: Any) -> bool:
-    """Whether two outputs are the same but for rounding."""
+    """Whether two outputs are equal up to rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return spec == other_spec and all(map(_alike, leaves, others))
 
@@ -109,14 +109,18 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def autocast_acts() -> bool:
-    """Whether autocast is on, which vmap does not follow: the outputs of some operations have another type in it."""
+    """Whether autocast is on. vmap does not follow it: some operations return another dtype there."""
     return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
-    """`torch.func.vmap` that raises where a loop is the better way.
+    """`torch.func.vmap` that raises where a loop is better.
 
-    That is where an operation is random or has no batching rule, and where autocast is on.
+    These are random operations, operations without a batching rule, and any in autocast.
+
+    Args:
+        function: to map.
+        in_dims: as for vmap.
     """
     mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
 
@@ -130,7 +134,10 @@ def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., 
 
 
 class _WithoutFallback:
-    """vmap's own loop, with its warning, off; on again when the last thread has left."""
+    """Context in which vmap raises for operations without a batching rule, instead of warning and looping.
+
+    The switch is one for the process, so it is set back when the last thread leaves.
+    """
 
     def __init__(self) -> None:
         self._functorch: Any = torch._C._functorch
@@ -154,7 +161,7 @@ _WITHOUT_FALLBACK = _WithoutFallback()
 
 
 class _Watching(TorchFunctionMode):
-    """Sees operations that fail, also where the network's own `except` hides that, and which results stay alive."""
+    """Watches operations: which fail, also if the network catches the error, and whose results stay alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,34 +174,35 @@ class _Watching(TorchFunctionMode):
         except Exception:
             self.refused = True
             raise
-        given = {id(one) for one in (*args, *(kwargs or {}).values())}
-        self._results += [weakref.ref(one) for one in _tensors_in(result) if id(one) not in given]
+        operands = {id(arg) for arg in (*args, *(kwargs or {}).values())}
+        self._results += [weakref.ref(tensor) for tensor in _tensors_in(result) if id(tensor) not in operands]
         return result
 
-    def kept(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
+    def any_alive(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
         """Whether a result is still alive that is not part of the output."""
         returned = _tensors_in(pytree.tree_leaves(output))
-        known = {id(one) for tensor in returned for one in (tensor, tensor._base)}
-        return any(id(one) not in known and only(one) for ref in self._results if (one := ref()) is not None)
+        known = {id(part) for tensor in returned for part in (tensor, tensor._base)}
+        return any(id(t) not in known and only(t) for ref in self._results if (t := ref()) is not None)
 
 
 def _tensors_in(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    return [one for one in result if isinstance(one, Tensor)] if isinstance(result, (tuple, list)) else []
+    return [item for item in result if isinstance(item, Tensor)] if isinstance(result, (tuple, list)) else []
 
 
 def watched(run: Callable[[Theta], Any], theta: Theta) -> tuple[Any, bool]:
-    """The output of one draw, and whether the network keeps a tensor of the call beside it."""
+    """The output of one draw, and whether the network stores another tensor of the call."""
     watching = _Watching()
     with watching:
         output = run(theta)
-    output = pytree.tree_map_only(Tensor, Tensor.detach, output)  # others, for the network may keep these as well
-    return output, watching.kept((output, list(theta.values())))
+    # New tensors, since the network may store those of the output as well.
+    output = pytree.tree_map_only(Tensor, Tensor.detach, output)
+    return output, watching.any_alive((output, list(theta.values())))
 
 
-class _Place:
-    """Where a tensor goes."""
+class _TensorLeaf:
+    """A placeholder for a tensor in the flattened output."""
 
 
 def _vectorized(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
@@ -204,22 +212,22 @@ def _vectorized(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
     def tensors(theta: Theta) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(run(theta))
         if not all(isinstance(leaf, (Tensor, *CONSTANTS)) for leaf in leaves):
-            raise TypeError("the output holds an object that may hold tensors in turn")
-        template[:] = [[_Place if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
+            raise TypeError("the output has an object that may contain tensors")
+        template[:] = [[_TensorLeaf if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     watching = _Watching()
     with watching:
         columns = vectorized(tensors)(stacked)
     if watching.refused:
-        raise RuntimeError("the network caught an error that it has when it is vectorized only")
-    if watching.kept(columns, torch._C._functorch.is_functorch_wrapped_tensor):
-        raise RuntimeError("the network keeps a tensor of the call")
+        raise RuntimeError("the network caught an error that it may have only when it is vectorized")
+    if watching.any_alive(columns, torch._C._functorch.is_functorch_wrapped_tensor):
+        raise RuntimeError("the network stores a tensor of the call")
     leaves, spec = template
     outputs = []
     for row in zip(*columns, strict=True):
         values = iter(row)
-        outputs.append(pytree.tree_unflatten([next(values) if leaf is _Place else leaf for leaf in leaves], spec))
+        outputs.append(pytree.tree_unflatten([next(values) if leaf is _TensorLeaf else leaf for leaf in leaves], spec))
     return outputs
 
 

@@ -1,4 +1,4 @@
-"""A parameter's mean and standard deviation in the place of a draw, and whose noise is whose."""
+"""Mean and standard deviation of a parameter, which estimator rules take instead of a draw; and examples."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,9 +12,9 @@ class Examples(NamedTuple):
 
     Attributes:
         number: of examples, B.
-        dim: the dimension that counts them, of the operation's input and output alike: of size B·k with k rows an
-            example. None: all rows share one draw, as those of one example or of none do.
-        minor: the rows of an example are B apart; else they follow one another.
+        dim: the dimension that counts them, in the operation's input and output alike; its size is B·k, with k rows an
+            example. None: all rows share one draw, since they belong to one example or to none.
+        minor: whether the rows of an example are B apart; otherwise they are adjacent.
     """
 
     number: int = 1
@@ -22,7 +22,7 @@ class Examples(NamedTuple):
     minor: bool = False
 
     def spread(self, signs: Tensor, like: Tensor, dim: int) -> Tensor:
-        """`signs`, `(B, C)`, by example and channel, in a shape that multiplies `like` with its channels at `dim`."""
+        """`signs`, `(B, C)`, repeated and reshaped to multiply `like`, whose channels are at `dim`."""
         assert self.dim is not None
         repeats = like.shape[self.dim] // self.number
         if repeats > 1:
@@ -34,11 +34,11 @@ class Examples(NamedTuple):
         return signs.reshape(shape)
 
 
-class Kept:
-    """The noise of a parameter in one call, kept so that several uses meet one drawn weight in each example.
+class SharedNoise:
+    """The noise of a parameter in one call, shared by several uses: each example sees one weight at all of them.
 
-    It is drawn when it is made and not when it is first used, which may be in a checkpoint: what is drawn there is to
-    be drawn there again.
+    It is drawn when it is made, at the start of the call, and not at the first use, which may be in a checkpoint: what
+    is drawn there, backward draws there again.
 
     Args:
         sigma: of the parameter, `(*shape)`.
@@ -47,7 +47,7 @@ class Kept:
 
     Attributes:
         perturbation: sigma·eps, `(*shape)`.
-        signs: of each axis of the parameter, `(B, size)`.
+        signs: by axis of the parameter, `(B, size)`.
     """
 
     def __init__(self, sigma: Tensor, dtype: torch.dtype, number: int) -> None:
@@ -56,45 +56,45 @@ class Kept:
 
 
 class Moments:
-    """Mean and standard deviation of a parameter, each `(*shape)`: what a rule is given in place of a draw.
+    """Mean and standard deviation of a parameter, each `(*shape)`, which a rule takes instead of a draw.
 
     Attributes:
         mu: in the network's dtype.
         sigma: in single precision or better.
-        examples: which rows of the operation that meets it are one example's.
+        examples: which rows of the operation belong to one example.
     """
 
-    __slots__ = ("_kept", "_transposed", "examples", "mu", "sigma")
+    __slots__ = ("_shared", "_transposed", "examples", "mu", "sigma")
 
     def __init__(
         self,
         mu: Tensor,
         sigma: Tensor,
         examples: Examples = Examples(),  # noqa: B008  # immutable
-        kept: Kept | None = None,
+        shared: SharedNoise | None = None,
         transposed: bool = False,
     ) -> None:
         self.mu, self.sigma, self.examples = mu, sigma, examples
-        self._kept, self._transposed = kept, transposed
+        self._shared, self._transposed = shared, transposed
 
     def at(self, examples: Examples) -> "Moments":
-        """The same, at an operation whose rows are these examples'."""
-        return Moments(self.mu, self.sigma, examples, self._kept, self._transposed)
+        """The same moments at an operation with these examples."""
+        return Moments(self.mu, self.sigma, examples, self._shared, self._transposed)
 
     def keeping(self, number: int) -> "Moments":
-        """The same, with one noise for all its uses in a call of so many examples."""
-        kept = Kept(self.sigma, self.mu.dtype, number)
-        return Moments(self.mu, self.sigma, self.examples, kept, self._transposed)
+        """The same moments with one noise for all uses in a call of `number` examples."""
+        shared = SharedNoise(self.sigma, self.mu.dtype, number)
+        return Moments(self.mu, self.sigma, self.examples, shared, self._transposed)
 
     @property
     def shape(self) -> torch.Size:
-        """The parameter's."""
+        """The shape of the parameter."""
         return self.mu.shape
 
     def viewed(self, view: Callable[[Tensor], Tensor], *, transposes: bool = False) -> "Moments":
-        """Those of a view of the parameter, such as a part; of a transposed matrix the kept noise is so, too."""
+        """The moments of a view of the parameter; `transposes`: shared noise is then transposed as well."""
         mu, sigma = view(self.mu), view(self.sigma).to(self.sigma.dtype)
-        return Moments(mu, sigma, self.examples, self._kept, self._transposed != transposes)
+        return Moments(mu, sigma, self.examples, self._shared, self._transposed != transposes)
 
     def var(self, scale: Tensor | float = 1.0) -> Tensor:
         """(sigma/scale)², in the network's dtype."""
@@ -102,27 +102,27 @@ class Moments:
 
     def perturbation(self) -> Tensor:
         """sigma·eps, eps ~ N(0, 1), in the network's dtype."""
-        if self._kept is None:
+        if self._shared is None:
             return (self.sigma * torch.randn_like(self.sigma)).to(self.mu.dtype)
-        kept = self._kept.perturbation
-        return (kept.T if self._transposed else kept).to(self.mu.dtype)
+        shared = self._shared.perturbation
+        return (shared.T if self._transposed else shared).to(self.mu.dtype)
 
     @property
     def is_kept(self) -> bool:
         """Whether several uses share one noise."""
-        return self._kept is not None
+        return self._shared is not None
 
     def signs(self, axis: int) -> Tensor:
         """Random signs `(B, size of the axis)` in the network's dtype, by example and index of the parameter's axis."""
-        if self._kept is None:
+        if self._shared is None:
             return _random_signs(self.examples.number, self.mu.shape[axis] if self.mu.dim() else 1, self.mu)
-        return self._kept.signs[1 - axis if self._transposed else axis].to(self.mu.dtype)
+        return self._shared.signs[1 - axis if self._transposed else axis].to(self.mu.dtype)
 
     def flip(self, like: Tensor, axis: int, dim: int) -> Tensor | float:
-        """What `like`, whose channels at `dim` are the parameter's `axis`, is to be multiplied with: signs.
+        """Signs to multiply `like` with, whose channels at `dim` correspond to the parameter's `axis`.
 
-        The product of the signs of all axes is the sign of an element's perturbation in that example, so that each
-        example sees one drawn weight at all its rows. Channels in groups share their signs.
+        The product of the signs of all axes is the sign of an element's perturbation in an example, so that the example
+        sees one weight at all its rows. Groups of channels share signs.
         """
         if self.examples.dim is None:
             return 1.0
