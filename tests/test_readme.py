@@ -1,7 +1,9 @@
 """Every Python block of the README runs, in order, as a reader would type it."""
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,16 +31,24 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     train_set = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
-    names = {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
+    readme = ModuleType("readme")  # a module, since what is pickled has one
+    monkeypatch.setitem(sys.modules, "readme", readme)
+    names = readme.__dict__
+    names |= {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
     kinds, known = dict(registry._BY_NAME), dict(rules._RULES)
     try:
         for block in BLOCKS:
             exec(block, names)
+        contracts = [value for name, value in names.items() if name.startswith("Test")]
+        for contract in contracts:
+            for test in (name for name in dir(contract) if name.startswith("test_")):
+                getattr(contract(), test)()
     finally:
         for table, before in ((registry._BY_NAME, kinds), (rules._RULES, known)):
             table.clear()
             table.update(before)
     assert len(BLOCKS) >= 6
+    assert len(contracts) == 3
     assert isinstance(names["pred"], varify.Prediction)
     assert names["terms"].loss.isfinite()
     assert (tmp_path / "net.safetensors").exists()

@@ -17,7 +17,7 @@ PACKAGE = Path(varify.__file__).parent
 LAYERS = (
     *("errors", "weights", "network", "priors", "estimators", "inits", "prediction", "posteriors", "graph", "state"),
     *("summary", "compiled", "within", "module", "variationalize", "objective", "serialization", "analysis"),
-    "experiments",
+    *("testing", "experiments"),
 )
 MOST_LINES, MOST_CLASS_LINES, MOST_METHODS, MOST_IMPORTS = 300, 250, 25, 10
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))

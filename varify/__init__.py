@@ -1,6 +1,6 @@
 """varify: any torch network, made variational in one line."""
 
-from varify import estimators, inits, priors
+from varify import estimators, inits, priors, testing
 from varify.analysis.description_length import DescriptionLength, description_length
 from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
@@ -66,5 +66,6 @@ __all__ = [
     "register_kl",
     "save",
     "schedules",
+    "testing",
     "variationalize",
 ]
