@@ -161,6 +161,38 @@ def test_a_weight_drawn_late_within_a_checkpoint(estimator: str, first: bool) ->
     assert_same(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_an_attempt_leaves_no_frames(estimator: str, checkpoints: bool) -> None:
+    """Torch before 2.13 keeps a checkpoint open that an error has left, as long as its frame lives."""
+    locals_: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class Left(Late):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append(sum(one() is not None for one in locals_))
+            return super().forward(x)
+
+        def block(self, layer: nn.Linear, x: Tensor) -> Tensor:
+            local = threading.Event()
+            locals_.append(weakref.ref(local))
+            return super().block(layer, x)
+
+    seeded()
+    vnet = varify.variationalize(Left(False), estimator=estimator)
+    vnet(torch.randn(4, 6))
+    vnet.module.late, vnet.module.checkpoints = True, checkpoints
+    gc.collect()
+    alive.clear()
+    gc.disable()
+    try:
+        vnet(torch.randn(4, 6))
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]  # one for each weight that is drawn late, and the last
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 class TiedHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()

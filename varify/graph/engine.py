@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.fx import GraphModule
 
 from varify.errors import ArgumentError, EstimatorError, listed
@@ -48,6 +49,7 @@ class Engine:
         """Run a call with the weights `theta`, by name; a parameter that is missing keeps its live value."""
         return self.views.run(lambda network: network(*args, **kwargs), theta)
 
+    @_disable_dynamo  # which would follow varify's own code; imported at the first call, as by an optimizer
     def estimate(self, args: Args, kwargs: Kwargs) -> Any:
         """Run a training call with estimators: the first of a signature is recorded, later ones follow its plan."""
         inputs = placeholders(args, kwargs)

@@ -205,8 +205,8 @@ def run_planned(
                 return call(network)
             finally:  # TorchScript turns it into another error, and a bare `except:` in the network swallows it
                 for parameter in estimated:
-                    if parameter.unforeseen is not None:
-                        raise parameter.unforeseen
+                    if parameter.unforeseen:
+                        raise Unforeseen(parameter.name, parameter.unforeseen)
 
         try:
             return views.run(attempt, theta)

@@ -48,6 +48,8 @@ class EstimatedParameter:
             use, which may be in a checkpoint, the checkpoint would expect backward to draw it again.
         over: whether the call has returned; an operation that still runs is a checkpoint's, recomputed in backward.
         late: the reason if the weight was drawn after all; else empty.
+        unforeseen: the reason why the call is to be made again; else empty. Not the error itself: its frames would live
+            on, and torch before 2.13 keeps a checkpoint's hooks in place as long as the frame of one that failed lives.
     """
 
     def __init__(self, name: str, q: GaussianPosterior, decision: Decision, count: int | None) -> None:
@@ -63,7 +65,7 @@ class EstimatedParameter:
         self._draw: Tensor | None = None
         self._gradients, self._level = torch.is_grad_enabled(), transforms()
         self.over = False
-        self.unforeseen: Unforeseen | None = None
+        self.unforeseen = ""
         self.moments = q.moments(keeping=(count or 1) if self._keeps else None)
 
     def stand_in(self) -> Any:
@@ -127,9 +129,9 @@ class EstimatedParameter:
             raise self.unforeseen_as("it is used in a transform of torch.func")
 
     def unforeseen_as(self, why: str) -> Unforeseen:
-        """The error to raise, which is also stored, since the network may swallow it or raise another one instead."""
-        self.unforeseen = Unforeseen(self.name, why)
-        return self.unforeseen
+        """The error to raise; its reason is also stored, since the network may swallow it or raise another instead."""
+        self.unforeseen = why
+        return Unforeseen(self.name, why)
 
     def drawn(self, why: str) -> Tensor:
         """The draw of this call, made when it is first needed.
