@@ -1430,3 +1430,24 @@ def test_an_examples_outputs_have_the_joint_moments_of_drawn_weights(name: str, 
         error = ((a.var(0) + b.var(0)) / ROUNDS).sqrt().clamp_min(1e-9)
         assert ((a.mean(0) - b.mean(0)) / error).abs().max() < LIMIT
     assert len(served(vnet)) >= len(vnet.posteriors) / 2, reported(vnet)
+
+
+def test_a_weight_and_another_view_of_it_in_one_operation_meet_one_draw() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 3))
+            self.own = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.weight[0] if self.own else None)
+
+    torch.manual_seed(0)
+    vnet = varify.variationalize(Biased(), estimator="local", init=varify.inits.Constant(1.0))
+    x = torch.cat([torch.zeros(1, 3), torch.eye(3)])
+    vnet(x)
+    vnet.module.own = True
+    for _ in range(3):  # of w = 0 + noise, the first row is the bias, and the others are a column of w beside it
+        rows = vnet(x).detach()
+        weight = (rows[1:] - rows[0]).T
+        torch.testing.assert_close(weight[0], rows[0])

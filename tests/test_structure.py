@@ -69,7 +69,7 @@ def test_imports_within_folders_form_no_circle() -> None:
 def test_what_knows_one_weight_knows_no_network_and_only_the_pass_knows_torch_fx() -> None:
     for path in FILES:
         used, layer = imports(path), layer_of(name_of(path))
-        if layer in ("weights", "priors", "estimators", "inits"):
+        if layer in ("weights", "priors", "estimators"):
             assert not any(name.startswith(("varify.network", "varify.graph")) for name in used), path
         if layer != "graph":
             assert not any(name.startswith("torch.fx") for name in used), path

@@ -77,7 +77,7 @@ def positive_int(name: str, value: Any, error: type[VarifyError] = ArgumentError
     return number
 
 
-def positive_number(name: str, value: Any, error: type[VarifyError] = ArgumentError) -> float:
+def positive_number(name: str, value: object, error: type[VarifyError] = ArgumentError) -> float:
     """`value` as a float, if it is a finite number greater than 0.
 
     Raises:
@@ -89,7 +89,7 @@ def positive_number(name: str, value: Any, error: type[VarifyError] = ArgumentEr
     return number
 
 
-def one_of(name: str, value: Any, options: Iterable[str]) -> None:
+def one_of(name: str, value: object, options: Iterable[str]) -> None:
     """Check an argument that has a few values.
 
     Raises:

@@ -6,8 +6,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from varify.errors import InitError, listed, positive_number
+from varify.errors import InitError, PriorError, listed, positive_number
+from varify.network.parameters import Slot
+from varify.network.tree import HALF
+from varify.priors import Gaussian, Prior
 from varify.weights.posterior import softplus_inverse
+from varify.weights.prior import broadcasts
 
 __all__ = [
     "Constant",
@@ -150,3 +154,27 @@ class Moped(Init):
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return w, softplus_inverse((self.delta * w.abs()).clamp_min(self.floor))
+
+
+@torch.no_grad()
+def started(init: Init, slot: Slot, prior: Prior) -> tuple[Tensor, Tensor]:
+    """Mu and rho of the parameter in `slot`, each `(*shape)`, rho in a storage of its own.
+
+    Raises:
+        PriorError: the prior's `weight_std` can't be one.
+    """
+    w = slot.parameter.detach()
+    w = w.float() if w.dtype in HALF else w
+    std = prior.weight_std()
+    if std is None:
+        std = Gaussian().for_parameter(w, slot.fan_in).weight_std()
+    std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
+    if not broadcasts(std.shape, w.shape) or not ((std > 0) & std.isfinite()).all():
+        raise PriorError(
+            f"{slot.name}: weight_std of {prior!r} must be None, or positive, finite and broadcastable to "
+            f"{tuple(w.shape)}"
+        )
+    mu, rho = init(w, std.expand_as(w))
+    rho = rho.contiguous()
+    others = {t.untyped_storage().data_ptr() for t in (w, std, mu)}
+    return mu, rho.clone() if rho.untyped_storage().data_ptr() in others else rho

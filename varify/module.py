@@ -57,7 +57,7 @@ class VariationalModule(nn.Module):
         """Posterior by parameter name: each distinct tensor once, under its first name; its other names find it too."""
         return self.engine.posteriors
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """The network with one draw of its weights while training or `sampling`, else with their means.
 
         Estimators serve in training, but for `sampling` and `fixed_draw`.
@@ -74,7 +74,7 @@ class VariationalModule(nn.Module):
         posteriors = engine.posteriors
         return engine.run(posteriors.draw(self.drawing.noise) if draws else posteriors.means(), args, kwargs)
 
-    def functional(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def functional(self, *args: object, **kwargs: object) -> Callable[..., Any]:
         """The network as a pure function of its weights, for `torch.func`: `f(theta, *args, **kwargs)`.
 
         Args:
@@ -86,19 +86,19 @@ class VariationalModule(nn.Module):
             `posteriors`. What forward sets is forgotten.
         """
 
-        def f(theta: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        def f(theta: Mapping[str, Any], *args: object, **kwargs: object) -> Any:
             return self.engine.call_with(theta, args, kwargs, training=None)
 
         return f
 
     def predict(
         self,
-        *args: Any,
+        *args: object,
         n_samples: int = 32,
         outputs: str = "logits",
         class_dim: int = -1,
         vectorize: bool | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
 
@@ -158,7 +158,7 @@ class VariationalModule(nn.Module):
         """
         return prior_loss(self)
 
-    def set_prior(self, prior: PriorLike, *, where: str | Sequence[str] = "*", **hyperparameters: Any) -> None:
+    def set_prior(self, prior: PriorLike, *, where: str | Sequence[str] = "*", **hyperparameters: object) -> None:
         """Give all parameters, or those `where` matches, another prior.
 
         Args:
@@ -181,7 +181,7 @@ class VariationalModule(nn.Module):
         """An ordinary copy of the user's network with one draw for weights."""
         return ordinary(self, lambda part: part.posteriors.draw(part.drawing.noise), "sample_model()")
 
-    def summary(self, *inputs: Any, **named: Any) -> Summary:
+    def summary(self, *inputs: object, **named: object) -> Summary:
         """A table, also in notebooks: of each parameter name, shape, prior, estimator or why not, sigma, KL.
 
         Args:
@@ -193,7 +193,7 @@ class VariationalModule(nn.Module):
         plans = [engine.plan_of(inputs, named, estimates=_estimates(self))[1]] if given else engine.plans.values()
         return summarize(engine.posteriors, [plan.decisions for plan in plans])
 
-    def graph(self, *inputs: Any, **named: Any) -> GraphModule:
+    def graph(self, *inputs: object, **named: object) -> GraphModule:
         """A call as a torch.fx graph, with posteriors and rules in the places of parameters and operations.
 
         The call is recorded in the modes of the moment, and forgotten. The graph holds for these shapes, and for data
@@ -208,7 +208,7 @@ class VariationalModule(nn.Module):
         """
         return self.engine.graph(inputs, named, estimates=_estimates(self))
 
-    def code(self, *inputs: Any, **named: Any) -> str:
+    def code(self, *inputs: object, **named: object) -> str:
         """The code of `graph(*inputs)`, as Python."""
         return code_of(self.graph(*inputs, **named))
 
@@ -226,7 +226,7 @@ class VariationalModule(nn.Module):
         """Priors with their hyper-parameters, estimators and masks; see `varify.state`."""
         return state.extra_state(self.posteriors)
 
-    def set_extra_state(self, extra: Any) -> None:
+    def set_extra_state(self, extra: object) -> None:
         """Take the priors of a checkpoint, all or none. Names that are not here are left to torch's report of keys."""
         state.restore(self.posteriors, extra)
 

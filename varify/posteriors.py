@@ -214,7 +214,7 @@ class Posteriors(Mapping[str, GaussianPosterior]):
 
     # --- priors, masks, settings
 
-    def set_prior(self, prior: PriorLike, where: str | Sequence[str], **hyperparameters: Any) -> None:
+    def set_prior(self, prior: PriorLike, where: str | Sequence[str], **hyperparameters: object) -> None:
         """Give the parameters that `where` matches another prior, all or none; see `VariationalModule.set_prior`."""
         new = as_prior(prior, **hyperparameters)
         names = matching([name for name, first in self._aliases.items() if first in self.slots], where)

@@ -154,7 +154,7 @@ SETTINGS: dict[str, tuple[type, type | None]] = {  # of each, its type and that 
 }
 
 
-def _settings(path: Any, metadata: Mapping[str, str], tensors: set[str]) -> dict[str, Any]:
+def _settings(path: object, metadata: Mapping[str, str], tensors: set[str]) -> dict[str, Any]:
     """The settings in a file, checked.
 
     Raises:
@@ -188,7 +188,7 @@ def _settings(path: Any, metadata: Mapping[str, str], tensors: set[str]) -> dict
     return settings
 
 
-def _damaged(path: Any, why: str) -> StructureError:
+def _damaged(path: object, why: str) -> StructureError:
     return StructureError(f"{path} is damaged, or not of varify.save: {why}")
 
 
@@ -257,7 +257,7 @@ def _check_priors(vnet: VariationalModule) -> None:
                 ) from None
 
 
-def _checked(name: str, value: Any) -> Any:
+def _checked(name: str, value: object) -> Any:
     if not is_plain(value):
         raise UnsavableError(
             f"{name} is a {type(value).__name__} that JSON would change, and only tensors and plain values can be "

@@ -43,7 +43,7 @@ def extra_state(posteriors: Posteriors) -> Tensor:
     return torch.tensor(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def read_extra_state(state: Any) -> Any:
+def read_extra_state(state: object) -> Any:
     """What `extra_state` wrote, as a dict; a dict itself, as older checkpoints have.
 
     Raises:
@@ -60,7 +60,7 @@ def read_extra_state(state: Any) -> Any:
         ) from None
 
 
-def restore(posteriors: Posteriors, state: Any) -> None:
+def restore(posteriors: Posteriors, state: object) -> None:
     """Take the priors, estimators and masks of a checkpoint, all or none.
 
     Args:
@@ -109,7 +109,7 @@ def zero_pruned(state_dict: dict[str, Any], prefix: str, posteriors: Posteriors)
         state_dict[key] = state_dict[key].masked_fill(torch.as_tensor(q.fixed == PRUNED), 0.0)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: object) -> bool:
     """Whether JSON gives the value back as it is, with the same types throughout."""
     try:
         return _alike(json.loads(json.dumps(value)), value)
@@ -168,7 +168,7 @@ def _prior(name: str, written: Any, rho: Tensor | None) -> Prior | None:
     return prior
 
 
-def _estimator(name: str, written: Any) -> str:
+def _estimator(name: str, written: object) -> str:
     try:
         return check_estimator(written)
     except EstimatorError as error:

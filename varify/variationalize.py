@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from varify.estimators.rules import EstimatorLike, check_estimator
-from varify.inits import Init, InitLike, as_init
+from varify.inits import InitLike, as_init, started
 from varify.module import VariationalModule
 from varify.network.checks import check_model
 from varify.network.copies import copy_network
-from varify.network.parameters import Slot, first_slots, slot_names
+from varify.network.parameters import first_slots, slot_names
 from varify.network.selection import WhereLike, by_glob, choose, padding_rows
-from varify.network.tree import HALF
 from varify.posteriors import Settings, Trees, bind
-from varify.priors import Gaussian, Prior, PriorLike, as_prior
+from varify.priors import PriorLike, as_prior
 
 
 def variationalize(
@@ -68,7 +66,9 @@ def variationalize(
     rhos = {}
     for name, slot in chosen.items():
         parameter = inside[name].parameter
-        rho = _start(chosen_inits[name], slot, bound[name], parameter)
+        mu, rho = started(chosen_inits[name], slot, bound[name])
+        parameter.data.copy_(mu)
+        del mu  # before the next: at its peak the conversion takes one copy of the parameters beyond its result
         if name in padding:
             kept = padding[name].to(parameter.device) != 0
             parameter.data[kept] = slot.parameter.detach()[kept]
@@ -79,19 +79,3 @@ def variationalize(
     for name, mask in padding.items():
         vnet.posteriors.set_mask(name, mask)
     return vnet
-
-
-@torch.no_grad()
-def _start(init: Init, slot: Slot, prior: Prior, parameter: nn.Parameter) -> Tensor:
-    """Start the mean, in `parameter`, from the weight in `slot`; returns rho."""
-    w = slot.parameter.detach()
-    w = w.float() if w.dtype in HALF else w
-    std = prior.weight_std()
-    if std is None:
-        std = Gaussian().for_parameter(w, slot.fan_in).weight_std()
-    std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
-    mu, rho = init(w, std.expand_as(w))
-    parameter.data.copy_(mu)
-    rho = rho.contiguous()
-    others = {t.untyped_storage().data_ptr() for t in (w, std, mu)}
-    return rho.clone() if rho.untyped_storage().data_ptr() in others else rho

@@ -56,7 +56,7 @@ class Flat:
     pair: Any  # (inputs, targets)
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: Any, targets: Any) -> "Flat":
+    def of(cls, network: nn.Module, inputs: object, targets: object) -> "Flat":
         """Flatten a loader's batch as the inputs of `network` and the targets."""
         args, kwargs = unpack(inputs, network)
         leaves, spec = pytree.tree_flatten((args, kwargs, _plain(targets)))
@@ -97,7 +97,7 @@ class Flat:
         return Batch(self.leaves, self.spec, entries, size)
 
 
-def spread(batched: Any, tree: Any) -> Iterator[bool]:
+def spread(batched: object, tree: object) -> Iterator[bool]:
     """A boolean for each leaf of `tree`, from a tree of booleans of which one may stand for a whole part."""
     tree = _plain(tree)
     if isinstance(batched, bool):
@@ -113,6 +113,6 @@ def spread(batched: Any, tree: Any) -> Iterator[bool]:
         raise ArgumentError(f"batched has {batched!r} for a {what}; {HINT}")
 
 
-def _plain(tree: Any) -> Any:
+def _plain(tree: object) -> Any:
     """A mapping as a dict, which pytree can flatten; anything else unchanged."""
     return dict(tree) if isinstance(tree, Mapping) else tree

@@ -56,7 +56,7 @@ class DescriptionLength:
 
 @torch.no_grad()
 def description_length(
-    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, *, n_samples: int = 16, batched: Any = None
+    vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, *, n_samples: int = 16, batched: object = None
 ) -> DescriptionLength:
     """The code length of weights and data.
 

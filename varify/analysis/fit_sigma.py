@@ -30,7 +30,7 @@ def fit_sigma(
     num_data: int,
     curvature: str = "fisher",
     temperature: float = 1.0,
-    batched: Any = None,
+    batched: object = None,
 ) -> None:
     r"""Set each sigma from the curvature of the loss at the means: a trained network becomes Bayesian without training.
 
@@ -113,13 +113,13 @@ class _Squares:
         self._fisher = curvature == "fisher"
         self._keeps: bool | None = None
 
-    def keeps(self, theta: Weights, one: Any) -> bool:
+    def keeps(self, theta: Weights, one: object) -> bool:
         """Whether the network stores tensors of a call, by a hook for example; those of a transform are invalid."""
         if self._keeps is None:
             _, self._keeps = watched(lambda theta: self._output(theta, one), theta)
         return self._keeps
 
-    def transformed(self, theta: Weights, one: Any) -> Squares:
+    def transformed(self, theta: Weights, one: object) -> Squares:
         """The squares by torch.func, which can be vectorized."""
         if self._fisher:
             gradients = grad(lambda w: self._loss(self._output(w, one), one))(theta)
@@ -129,7 +129,7 @@ class _Squares:
         return {name: c.square().sum(0) for name, c in columns.items()}
 
     @torch.enable_grad()
-    def alone(self, theta: Weights, one: Any) -> Squares:
+    def alone(self, theta: Weights, one: object) -> Squares:
         """The squares by torch.autograd, which works for every network that trains."""
         leaves = {name: t.detach().requires_grad_() for name, t in theta.items()}
         output = self._output(leaves, one)
@@ -150,7 +150,7 @@ class _Squares:
     def _loss(self, output: Any, one: Any) -> Tensor:
         return scalar(self._criterion(output, one[2]))
 
-    def _roots(self, output: Any, one: Any) -> Tensor:
+    def _roots(self, output: object, one: object) -> Tensor:
         """The columns of L, with H = L Lᵀ the Hessian of the loss, so that diag(Jᵀ H J) sums squares of Jᵀ L's rows."""
         if not isinstance(output, Tensor):
             kind = type(output).__name__
@@ -169,7 +169,7 @@ def _over_data(squares_of: _Squares, means: Weights, batch: Batch) -> Iterator[S
         return
     columns, dims = batch.columns(), [0 if n else None for n in batch.entries]
 
-    def of_row(*row: Any) -> Squares:
+    def of_row(*row: object) -> Squares:
         return squares_of.transformed(means, batch.of(row))
 
     chunk = max(1, CHUNK_BYTES // max(1, sum(4 * mu.numel() for mu in means.values())))

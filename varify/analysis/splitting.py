@@ -1,7 +1,7 @@
 """Find out which tensors of a batch have an entry for each datum."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -34,12 +34,12 @@ class Splitter:
         batched: the answer, if the user has it: booleans in the structure of (inputs, targets), for tensors or parts.
     """
 
-    def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: Any) -> None:
+    def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: object) -> None:
         self._vnet, self._loader, self._criterion, self._batched = vnet, loader, criterion, batched
         self._found: dict[Any, Leaves] = {}
         self._network: nn.Module | None = None
 
-    def size(self, inputs: Any, targets: Any) -> int:
+    def size(self, inputs: object, targets: object) -> int:
         """Number of data in a batch.
 
         Raises:
@@ -54,7 +54,7 @@ class Splitter:
                 return lengths.pop()
         return flat.size(self._inputs(flat))
 
-    def split(self, inputs: Any, targets: Any) -> Batch:
+    def split(self, inputs: object, targets: object) -> Batch:
         """The batch, with the number of entries of each tensor for a datum.
 
         Raises:
@@ -169,7 +169,7 @@ class Splitter:
             warnings.simplefilter("ignore")  # a wrong guess leaves targets whole, and losses warn of their shape
             return scalar(self._criterion(self._run(args, kwargs), targets))
 
-    def _run(self, args: Any, kwargs: Any) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._network is None:
             self._network = self._vnet.sample_model().eval()
         with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from varify.weights.moments import Moments
 
 
-def mean_of(parameter: Any) -> Any:
+def mean_of(parameter: object) -> Any:
     """The mean of moments; any other argument unchanged."""
     return parameter.mu if isinstance(parameter, Moments) else parameter
 

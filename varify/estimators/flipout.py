@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varify.estimators.arguments import mean_of, no_bias, renormalized, scaled
-from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, rule
+from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, Op, rule
 from varify.weights.moments import Moments
 
 
 @rule("flipout", *LINEAR, *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
-def flipout_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
+def flipout_affine(
+    op: Op, input: Tensor, weight: Moments, bias: object = None, *settings: object, **named: object
+) -> Tensor:
     """op(x, mu) + s·op(r·x, delta): one delta = sigma·eps a call, with signs r and s for each example."""
     channels = -1 if op in LINEAR else 1 - weight.mu.dim()
     outer, inner = (1, 0) if op in TRANSPOSED else (0, 1)
@@ -32,7 +34,7 @@ def _not_a_matrix_on_the_right(arguments: dict[str, Any]) -> str | None:
 
 
 @rule("flipout", "matmul", "mm", of=("other",), refuses=_not_a_matrix_on_the_right)
-def flipout_matmul(op: Any, input: Any, other: Moments) -> Tensor:
+def flipout_matmul(op: Op, input: Any, other: Moments) -> Tensor:
     """`x @ w + s·((r·x) @ delta)`."""
     mean: Tensor = op(input, other.mu)
     perturbed: Tensor = op(input * other.flip(input, 0, -1), other.perturbation())
@@ -40,7 +42,7 @@ def flipout_matmul(op: Any, input: Any, other: Moments) -> Tensor:
 
 
 @rule("flipout", "addmm", of=("mat2",), along=("input",), refuses=no_bias)
-def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
+def flipout_addmm(op: Op, input: object, mat1: Tensor, mat2: Moments, **scales: object) -> Tensor:
     """`input + mat1 @ mat2`, as `x @ w`; a bias is perturbed with the signs of the outputs."""
     mean: Tensor = op(mean_of(input), mat1, mat2.mu)
     flipped, delta = mat1 * mat2.flip(mat1, 0, -1), mat2.perturbation()
@@ -49,7 +51,7 @@ def flipout_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: An
 
 
 @rule("flipout", F.bilinear, along=("bias",))
-def flipout_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
+def flipout_bilinear(op: Op, input1: Tensor, input2: Tensor, weight: Moments, bias: object = None) -> Tensor:
     """Signs for each example on both inputs and the output."""
     mean: Tensor = op(input1, input2, weight.mu, mean_of(bias))
     delta = bias.perturbation() if isinstance(bias, Moments) else None
@@ -59,7 +61,7 @@ def flipout_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, b
 
 
 @rule("flipout", F.embedding, refuses=renormalized)
-def flipout_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
+def flipout_embedding(op: Op, input: Tensor, weight: Moments, **settings: object) -> Tensor:
     """Signs for each example on the embedding's dimensions: a row that it looks up twice has one noise."""
     mean: Tensor = op(input, weight.mu, **settings)
     perturbed: Tensor = op(input, weight.perturbation(), **settings)
@@ -78,7 +80,7 @@ def _signs_of_rows(input: Tensor, weight: Moments) -> Tensor:
 
 
 @rule("flipout", "add", of=("input", "other"), refuses=scaled)
-def flipout_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
+def flipout_add(op: Op, input: Any, other: Any, **scales: Any) -> Tensor:
     """`x + w`, with signs for each example along the last dimension of w."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x + w.mu
@@ -86,7 +88,7 @@ def flipout_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
 
 
 @rule("flipout", "mul", of=("input", "other"))
-def flipout_mul(op: Any, input: Any, other: Any) -> Tensor:
+def flipout_mul(op: Op, input: Any, other: Any) -> Tensor:
     """`x * w`, with signs for each example along the last dimension of w."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varify.estimators.arguments import broadcast, lookups, mean_of, no_bias, renormalized, rows, rows_beside, scaled
-from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, rule
+from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, Op, rule
 from varify.weights.moments import Moments
 
 
@@ -29,7 +29,9 @@ def _scale(like: Tensor, sigma: Tensor) -> Tensor | float:
 
 @rule("local", *LINEAR, along=("bias",), uses=rows)
 @rule("local", *CONVOLUTIONS, *TRANSPOSED, along=("bias",))
-def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *settings: Any, **named: Any) -> Tensor:
+def local_affine(
+    op: Op, input: Tensor, weight: Moments, bias: object = None, *settings: object, **named: object
+) -> Tensor:
     """Mean = op(x, mu), variance = op(x², sigma²), the bias' variance added; one noise per output element.
 
     Exact for each output by itself; in convolutions and sequences the correlations between positions are lost.
@@ -42,7 +44,7 @@ def local_affine(op: Any, input: Tensor, weight: Moments, bias: Any = None, *set
 
 
 @rule("local", "matmul", "mm", of=("input", "other"), uses=rows_beside)
-def local_matmul(op: Any, input: Any, other: Any) -> Tensor:
+def local_matmul(op: Op, input: Any, other: Any) -> Tensor:
     """`x @ w` and `w @ x` with one noise per output element."""
     mean: Tensor = op(mean_of(input), mean_of(other))
     left, right = (p.var() if isinstance(p, Moments) else p.square() for p in (input, other))
@@ -50,7 +52,7 @@ def local_matmul(op: Any, input: Any, other: Any) -> Tensor:
 
 
 @rule("local", "addmm", of=("mat2",), along=("input",), refuses=no_bias, uses=rows)
-def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any) -> Tensor:
+def local_addmm(op: Op, input: object, mat1: Tensor, mat2: Moments, **scales: object) -> Tensor:
     """`input + mat1 @ mat2`, the variance of a bias added; one noise per output element."""
     mean: Tensor = op(mean_of(input), mat1, mat2.mu)
     scale = _scale(mat1, mat2.sigma)
@@ -60,7 +62,7 @@ def local_addmm(op: Any, input: Any, mat1: Tensor, mat2: Moments, **scales: Any)
 
 
 @rule("local", F.bilinear, along=("bias",), uses=rows)
-def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bias: Any = None) -> Tensor:
+def local_bilinear(op: Op, input1: Tensor, input2: Tensor, weight: Moments, bias: object = None) -> Tensor:
     """x₁ᵀ w x₂, which is linear in w, so that its variance is the same form of the squares."""
     mean = op(input1, input2, weight.mu, mean_of(bias))
     bias_var = bias.var() if isinstance(bias, Moments) else None
@@ -68,7 +70,7 @@ def local_bilinear(op: Any, input1: Tensor, input2: Tensor, weight: Moments, bia
 
 
 @rule("local", F.embedding, refuses=renormalized, uses=lookups)
-def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) -> Tensor:
+def local_embedding(op: Op, input: Tensor, weight: Moments, **settings: object) -> Tensor:
     """Noise for the rows looked up only; a row that is looked up twice gets two noises."""
     mean: Tensor = op(input, weight.mu, **settings)
     sigma: Tensor = op(input, weight.sigma, **settings)
@@ -76,7 +78,7 @@ def local_embedding(op: Any, input: Tensor, weight: Moments, **settings: Any) ->
 
 
 @rule("local", "add", of=("input", "other"), refuses=scaled, uses=broadcast)
-def local_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
+def local_add(op: Op, input: Any, other: Any, **scales: Any) -> Tensor:
     """`x + w` with one noise per output element."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x + w.mu
@@ -84,7 +86,7 @@ def local_add(op: Any, input: Any, other: Any, **scales: Any) -> Tensor:
 
 
 @rule("local", "mul", of=("input", "other"), uses=broadcast)
-def local_mul(op: Any, input: Any, other: Any) -> Tensor:
+def local_mul(op: Op, input: Any, other: Any) -> Tensor:
     """`x * w` with one noise per output element."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu

@@ -26,12 +26,14 @@ from varify.weights.moments import Examples, Moments
 NAMES = ("weights", "local", "flipout", "auto")
 # An estimator in `variationalize`: one of these names, or that of a custom rule.
 EstimatorLike = str
+# What a rule is given to call: the operation itself.
+Op = Callable[..., Tensor]
 LINEAR = (F.linear,)
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
 
-def canonical(operation: Any) -> Any:
+def canonical(operation: object) -> Any:
     """The key of an operation in the registry: `torch.add`, `operator.add` and the method "add" have one, "add"."""
     if isinstance(operation, torch._ops.OpOverload):  # in a graph of torch.export
         operation = _OF_ATEN.get(operation.overloadpacket.__name__, operation)
@@ -86,7 +88,7 @@ _RULES: dict[tuple[str, Any], Rule] = {}
 
 def rule(
     estimator: str,
-    *operations: Any,
+    *operations: object,
     of: tuple[str, ...] = ("weight",),
     along: tuple[str, ...] = (),
     refuses: Callable[[dict[str, Any]], str | None] = lambda arguments: None,
@@ -109,7 +111,7 @@ def _bound(operation: Any, function: Callable[..., Tensor], estimator: str) -> C
     """The rule as a function of examples and arguments, named `<estimator>_<operation>` for the code of graphs."""
     op = getattr(torch, operation) if isinstance(operation, str) else operation
 
-    def of_operation(examples: Examples, *args: Any, **kwargs: Any) -> Tensor:
+    def of_operation(examples: Examples, *args: object, **kwargs: object) -> Tensor:
         positional = [a.at(examples) if isinstance(a, Moments) else a for a in args]
         named = {k: a.at(examples) if isinstance(a, Moments) else a for k, a in kwargs.items()}
         return function(op, *positional, **named)
@@ -118,18 +120,18 @@ def _bound(operation: Any, function: Callable[..., Tensor], estimator: str) -> C
     return of_operation
 
 
-def has_rule(operation: Any) -> bool:
+def has_rule(operation: object) -> bool:
     """Whether any estimator has a rule for the operation."""
     key = canonical(operation)
     return any(known == key for _, known in _RULES)
 
 
-def find_rule(estimator: str, operation: Any) -> Rule | None:
+def find_rule(estimator: str, operation: object) -> Rule | None:
     """The rule of an estimator for an operation; None if there is none."""
     return _RULES.get((estimator, canonical(operation)))
 
 
-def check_estimator(estimator: Any) -> str:
+def check_estimator(estimator: object) -> str:
     """Check the name of an estimator and return it.
 
     Raises:

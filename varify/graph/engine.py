@@ -66,7 +66,7 @@ class Engine:
         call = _call(args, kwargs)
         return run_planned(self.plans[signature], self.views, self.posteriors.now(), count, call, recorded)
 
-    def _recorded(self, signature: Any, inputs: dict[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
+    def _recorded(self, signature: object, inputs: dict[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Run a call with drawn weights and record it, which gives the plan for later calls."""
         settings = self.posteriors.settings
         if in_transform():  # of torch.func, where the values of tensors are not known

@@ -1,7 +1,7 @@
 """Which rows of each operation belong to one example, found by replaying a record with one example changed."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class _Rows(fx.Interpreter):
     def fetch_attr(self, target: str) -> Any:
         return self._attributes[target]
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def call_function(self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if getattr(target, "__name__", "") in _DROPOUTS:  # a row that is dropped would not show a change
             return args[0] if args else kwargs["input"]
         if target in _BATCH_NORMS:
@@ -118,7 +118,7 @@ class _Rows(fx.Interpreter):
             args = (False, *args[1:])  # no gradients are needed
         return super().call_function(target, args, kwargs)
 
-    def _normalized(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+    def _normalized(self, target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Batch normalization by the statistics of the first replay; with its own, each row would depend on all."""
         names = ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"]
         if target is torch.batch_norm:
@@ -147,7 +147,7 @@ class _Rows(fx.Interpreter):
         return result
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     """A copy of what the replay may write into: a tensor, or the state of a random generator."""
     if isinstance(value, torch.Generator):
         return value.clone_state()

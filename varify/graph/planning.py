@@ -56,7 +56,7 @@ def _step(user: fx.Node, source: fx.Node) -> tuple[Any, ...] | None:
     return step(_name(user.target), user.args[1:], user.kwargs)
 
 
-def _name(target: Any) -> str:
+def _name(target: object) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 

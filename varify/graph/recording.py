@@ -64,7 +64,9 @@ class Recording(TorchFunctionMode):
         for name, tensor in inputs.items():
             self._learn(tensor, self.graph.placeholder(name))
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if transforms() != self._level:
             self._note_transformed(args, kwargs)
@@ -96,7 +98,7 @@ class Recording(TorchFunctionMode):
         ref, node = self._known.get(id(tensor), (None, None))  # an id may be that of a tensor that is gone
         return node if ref is not None and ref() is tensor else None
 
-    def _node(self, value: Any) -> Any:
+    def _node(self, value: object) -> Any:
         """The argument with nodes in the place of tensors."""
         if isinstance(value, tuple):
             items = [self._node(item) for item in value]
@@ -122,14 +124,14 @@ class Recording(TorchFunctionMode):
             self._attributes[name].meta["chosen"] = name in self._chosen
         return self._attributes[name]
 
-    def _constant(self, value: Any) -> fx.Node:
+    def _constant(self, value: object) -> fx.Node:
         name = f"_constant{len(self.constants)}"
         self.constants[name] = value
         return self.graph.create_node("get_attr", name)
 
     # --- nodes of calls
 
-    def _note(self, func: Any, nodes: Any, result: Any) -> None:
+    def _note(self, func: Callable[..., Any], nodes: tuple[Any, Any], result: object) -> None:
         args, kwargs = nodes
         name = getattr(func, "__name__", "")
         if name in _DECIDING and args and isinstance(args[0], fx.Node):
@@ -153,14 +155,14 @@ class Recording(TorchFunctionMode):
                     part.meta["chosen"] = node.meta.get("chosen", False)
                     self._learn(item, part)
 
-    def _note_transformed(self, args: Any, kwargs: Any) -> None:
+    def _note_transformed(self, args: object, kwargs: object) -> None:
         """Record that a transform uses a weight, as by a closure. Its own tensors mean nothing outside of it."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         nodes = [self._node(t) for t in tensors if id(t) in self._state or self._known_node(t) is not None]
         if any(node.meta.get("chosen") for node in nodes):
             self.graph.call_function(transform_of_torch_func, tuple(nodes))
 
-    def _create(self, func: Any, name: str, args: Any, kwargs: Any) -> fx.Node:
+    def _create(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         if name == "__get__":
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
         if name == "__set__":
@@ -177,7 +179,7 @@ class Recording(TorchFunctionMode):
             self.graph.call_function(set_ambience, now)
             self._ambience = now
 
-    def finish(self, output: Any) -> None:
+    def finish(self, output: object) -> None:
         """End the graph: it returns the tensors of the output, in order."""
         leaves = [self._node(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if self._ambience != self._first_ambience:
@@ -194,12 +196,12 @@ _LITERALS = (
 )
 
 
-def _has_chosen(nodes: Any) -> bool:
+def _has_chosen(nodes: tuple[Any, Any]) -> bool:
     args, kwargs = nodes
     return any(isinstance(arg, fx.Node) and arg.meta.get("chosen", False) for arg in (*args, *kwargs.values()))
 
 
-def _has_node(tree: Any) -> bool:
+def _has_node(tree: object) -> bool:
     return any(isinstance(leaf, fx.Node) for leaf in pytree.tree_leaves(tree))
 
 
@@ -233,7 +235,7 @@ def transform_of_torch_func(*tensors: Tensor) -> None:
 
 
 @functools.cache
-def inside(function: Any) -> Callable[..., Any] | None:
+def inside(function: object) -> Callable[..., Any] | None:
     """A copy of a torch function written in Python that dispatches only the functions it calls; None for any other.
 
     Such a function begins with `if has_torch_function(...)`, by which a mode or a tensor subclass gets the call as a
@@ -252,7 +254,7 @@ def inside(function: Any) -> Callable[..., Any] | None:
     return copy
 
 
-def _false(*_: Any) -> bool:
+def _false(*_: object) -> bool:
     return False
 
 

@@ -74,7 +74,9 @@ class EstimatedParameter:
 
     # --- uses
 
-    def serve(self, path: Path, operation: Any, rule: Rule, arguments: dict[str, Any]) -> tuple[Rule, Examples] | None:
+    def serve(
+        self, path: Path, operation: object, rule: Rule, arguments: dict[str, Any]
+    ) -> tuple[Rule, Examples] | None:
         """The rule and the examples for this use, or None if the plan does not foresee it.
 
         Args:
@@ -108,7 +110,7 @@ class EstimatedParameter:
         """Context in which this use draws its noise, the same when it is recomputed; see `noise_of_use`."""
         return noise_of_use(self._states, path, self.over, self.moments.mu.device)
 
-    def _rule_for(self, rule: Rule, operation: Any, arguments: dict[str, Any], examples: Examples) -> Rule:
+    def _rule_for(self, rule: Rule, operation: object, arguments: dict[str, Any], examples: Examples) -> Rule:
         """The rule; under "auto" that of local if each example uses an element at most once, else that of flipout.
 
         It is chosen in each call since it depends on the shapes: one position an example, or many.
@@ -188,11 +190,13 @@ class _StandIn(Tensor):
         stand_in.parameter, stand_in.moments, stand_in.path, stand_in._view = parameter, moments, path, view
         return stand_in  # type: ignore[no-any-return]
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         super().__init__()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ in ("__get__", "__set__") else func.__name__
         if name in _ANSWERED and func.__name__ != "__set__":
@@ -220,7 +224,7 @@ class _StandIn(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> Any:  # type: ignore[override]
         # What did not pass `__torch_function__`: TorchScript, or a transform over the weight. A draw made here, below
         # autograd, would have no gradient.
         (stand_in, *_) = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, _StandIn)]
@@ -248,7 +252,7 @@ class _StandIn(Tensor):
         return tensor
 
 
-def _served(func: Any, args: Any, kwargs: Any) -> Any:
+def _served(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of a rule for an operation that the plan foresees, or None."""
     operation = canonical(func)
     for weight in [a for a in (*args, *kwargs.values()) if isinstance(a, _StandIn)]:
@@ -276,9 +280,12 @@ def _served(func: Any, args: Any, kwargs: Any) -> Any:
                 return value
             return moments[id(value)] if id(value) in moments else value.drawn(f"it meets {name} as another argument")
 
-        operands, named = [resolved(a) for a in args], {key: resolved(a) for key, a in kwargs.items()}
-        for stand_in in (weight, *biases):
+        for stand_in in (
+            weight,
+            *biases,
+        ):  # first, since another view of this weight can't be drawn beside a rule
             stand_in.parameter.count_use(stand_in.path)
+        operands, named = [resolved(a) for a in args], {key: resolved(a) for key, a in kwargs.items()}
         with weight.parameter.noise_of(weight.path):
             return chosen.function(examples, *operands, **named)
     return None

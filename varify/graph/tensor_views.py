@@ -33,7 +33,7 @@ def step(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[s
     return name, repr(tuple(tuple(arg) if isinstance(arg, torch.Size) else arg for arg in further))
 
 
-def view_moments(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
+def view_moments(moments: Moments, name: str, *args: object, **kwargs: object) -> Any:
     """The view of moments; a tuple of moments if the operation returns several parts."""
     if name in CASTS:
         mu = getattr(moments.mu, name)(*args, **kwargs)
@@ -44,7 +44,7 @@ def view_moments(moments: Moments, name: str, *args: Any, **kwargs: Any) -> Any:
     return moments.viewed(lambda t: view_tensor(t, name, *args, **kwargs), transposes=name in TRANSPOSES)
 
 
-def view_tensor(tensor: Tensor, name: str, *args: Any, **kwargs: Any) -> Any:
+def view_tensor(tensor: Tensor, name: str, *args: Any, **kwargs: object) -> Any:
     """The view of a tensor; a tuple if the operation returns several parts."""
     if name == "getitem":
         return tensor[args[0]]

@@ -1,7 +1,5 @@
 """Checks on a model before it is converted."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,7 +8,7 @@ from varify.errors import ModelError, listed
 from varify.network.parameters import is_variational
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raise for a model that cannot be converted.
 
     Raises:

@@ -99,7 +99,7 @@ class _FunctionRebuilder:
         self._seen: set[int] = set()
         self._harmless: set[int] = set()
 
-    def rebuild(self, copied: Any) -> None:
+    def rebuild(self, copied: object) -> None:
         """Rebuild all functions that `copied` reaches. Nothing of the original is changed."""
         self._counterpart(copied)
         while self._pending:
@@ -166,7 +166,7 @@ class _FunctionRebuilder:
             return cell
         return self._cells.setdefault(id(cell), CellType())
 
-    def _part(self, function: FunctionType, name: str, part: Any) -> Any:
+    def _part(self, function: FunctionType, name: str, part: object) -> Any:
         if not self._references.leads(part):
             return part
         try:

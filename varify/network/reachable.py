@@ -144,7 +144,7 @@ def _items(value: Any, kind: type) -> list[Any]:
     return list(base.__iter__(value))
 
 
-def attributes(value: Any) -> dict[str, Any]:
+def attributes(value: object) -> dict[str, Any]:
     """`vars(value)` without running code of its class; an empty dict if it has no `__dict__`."""
     for base in type(value).__mro__:
         found = base.__dict__.get("__dict__")
@@ -161,7 +161,7 @@ def slots(kind: type) -> list[MemberDescriptorType]:
     return [slot for base in bases for slot in base.__dict__.values() if type(slot) is MemberDescriptorType]
 
 
-def in_slot(slot: MemberDescriptorType, value: Any) -> Any:
+def in_slot(slot: MemberDescriptorType, value: object) -> Any:
     """The value in a slot, None if it is unset."""
     try:
         return slot.__get__(value)
@@ -169,7 +169,7 @@ def in_slot(slot: MemberDescriptorType, value: Any) -> Any:
         return None
 
 
-def _new(part: Any, new: Callable[[Any], Any]) -> Any:
+def _new(part: object, new: Callable[[Any], Any]) -> Any:
     return part if type(part) in _PLAIN else new(part)
 
 

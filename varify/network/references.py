@@ -52,23 +52,23 @@ class References:
             below.extend(fresh)
         self._functions = [value for value, *_ in self._reached.values() if type(value) in _SHARED_BY_DEEPCOPY]
 
-    def __contains__(self, value: Any) -> bool:
+    def __contains__(self, value: object) -> bool:
         return id(value) in self._reached or id(value) in self._own
 
-    def attribute_of(self, value: Any) -> str:
+    def attribute_of(self, value: object) -> str:
         """The attribute at which `value` was reached, such as `Net.encoder.act`."""
         _, path, attr = self._reached[id(value)]
         return ".".join(filter(None, (self.kind, path, attr)))
 
-    def is_own(self, value: Any) -> bool:
+    def is_own(self, value: object) -> bool:
         """Whether `value` is a module, parameter or buffer of the network."""
         return id(value) in self._own
 
-    def leads(self, value: Any) -> bool:
+    def leads(self, value: object) -> bool:
         """Whether a module, parameter or buffer of the network is reached from `value` or is `value`."""
         return id(value) in self._leading
 
-    def leads_by_function(self, value: Any) -> bool:
+    def leads_by_function(self, value: object) -> bool:
         """Whether `value` reaches a function that leads to the network."""
         return any(type(found) is FunctionType and self.leads(found) for found in reachable([value], self._inside))
 
@@ -86,10 +86,10 @@ class References:
         roots = [vars(module) for module in self._modules]
         return (found for found in reachable(roots, self._copied_parts) if _is_tensor(found))
 
-    def _inside(self, value: Any) -> Iterable[Any]:
+    def _inside(self, value: object) -> Iterable[Any]:
         return () if self.is_own(value) else children(value)
 
-    def _copied_parts(self, value: Any) -> Iterable[Any]:
+    def _copied_parts(self, value: object) -> Iterable[Any]:
         parts = self._inside(value)
         return [part for part in parts if self.leads(part)] if type(value) is FunctionType else parts
 
@@ -106,5 +106,5 @@ def _globals_in(code: CodeType) -> frozenset[str]:
     return frozenset(names).union(*(_globals_in(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: object) -> bool:
     return issubclass(type(value), Tensor)  # isinstance() reads `__class__`, which a user's proxy may define

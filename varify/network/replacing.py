@@ -17,7 +17,7 @@ from varify.network.reachable import attributes, children, contents, in_slot, sl
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
-def referenced_by(value: Any) -> Iterator[Any]:
+def referenced_by(value: object) -> Iterator[Any]:
     """`value` and all objects that it refers to, each once; modules and tensors are not entered."""
     seen: set[int] = set()
     pending = [value]
@@ -31,7 +31,7 @@ def referenced_by(value: Any) -> Iterator[Any]:
             pending.extend(_children(part))
 
 
-def _children(value: Any) -> list[Any]:
+def _children(value: object) -> list[Any]:
     if isinstance(value, weakref.ReferenceType):
         return [value()]
     return list(children(value))
@@ -55,7 +55,7 @@ class Substitution:
         # of mutable objects: the original, its copy, and the contents of both when the copy was made
         self._mutable: list[tuple[Any, Any, list[Any], list[Any]]] = []
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: object) -> Any:
         """The counterpart of `value`."""
         if isinstance(value, PLAIN):
             return value
@@ -65,16 +65,16 @@ class Substitution:
             return value
         return self._copied(value)
 
-    def _copied(self, value: Any) -> Any:
+    def _copied(self, value: object) -> Any:
         if id(value) not in self._copies:
             self._copy(value)
         return self._copies[id(value)][1]
 
-    def _add(self, value: Any, new: Any) -> Any:
+    def _add(self, value: object, new: object) -> Any:
         self._copies[id(value)] = value, new
         return new
 
-    def _copy(self, value: Any) -> None:
+    def _copy(self, value: object) -> None:
         if isinstance(value, types.FunctionType):
             self._copy_function(value)
         elif isinstance(value, types.BuiltinMethodType):
@@ -117,11 +117,11 @@ class Substitution:
             return cell
         return self._add(cell, types.CellType())
 
-    def _leads(self, value: Any) -> bool:
+    def _leads(self, value: object) -> bool:
         """Whether `value` refers to a replaced object or is one."""
         return any(id(part) in self._mapping for part in referenced_by(value))
 
-    def _copy_mutable(self, value: Any) -> None:
+    def _copy_mutable(self, value: object) -> None:
         # A helper object is made without its `__init__` or `__copy__`: user code that runs here may have side effects.
         is_container = isinstance(value, (dict, list, set, deque))
         new = copy.copy(value) if is_container else _empty(type(value))
@@ -165,7 +165,7 @@ def _rebuilt(value: Any, items: list[Any]) -> Any:
     return value._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
-def contents_of(value: Any) -> list[Any]:
+def contents_of(value: object) -> list[Any]:
     """Keys, items, attributes and slots of a mutable object, in order: two lists that are `is`-equal mean no change."""
     own: list[Any] = []
     if isinstance(value, dict):

@@ -26,7 +26,7 @@ def matches(name: str, pattern: str | Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in ([pattern] if isinstance(pattern, str) else pattern))
 
 
-def by_glob(setting: Any, default: T, names: Iterable[str], known: Callable[[Any], T]) -> dict[str, T]:
+def by_glob(setting: object, default: T, names: Iterable[str], known: Callable[[Any], T]) -> dict[str, T]:
     """Settings by name, from one setting for all or from `{glob: setting}`; the last match wins, `default` elsewhere.
 
     Raises:
@@ -89,7 +89,7 @@ def choose(network: nn.Module, where: WhereLike) -> tuple[dict[str, Slot], dict[
     return chosen, skipped
 
 
-def _check_where(where: Any, names: Iterable[str]) -> None:
+def _check_where(where: object, names: Iterable[str]) -> None:
     if where is None or isinstance(where, str) or (callable(where) and not isinstance(where, nn.Module)):
         return
     if not isinstance(where, (list, tuple, set)) or not all(isinstance(glob, str) for glob in where):

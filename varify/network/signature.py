@@ -39,5 +39,5 @@ def has_hooks(network: nn.Module) -> bool:
     )
 
 
-def _module_of(hook: Any) -> str:
+def _module_of(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)

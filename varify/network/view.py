@@ -219,7 +219,7 @@ class View:
                 fill(container, copy.copy(container), Substitution(shells))
         return self._counts() == self._idle_counts
 
-    def with_write_back(self, output: Any) -> Any:
+    def with_write_back(self, output: object) -> Any:
         """The output of a call that still refers to this view, with generators that write back after each step."""
         if not any(isinstance(leaf, GeneratorType) for leaf in pytree.tree_leaves(output)):
             return output

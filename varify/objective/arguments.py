@@ -14,7 +14,7 @@ from varify.module import VariationalModule
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def unpack(inputs: Any, network: nn.Module) -> Arguments:
+def unpack(inputs: object, network: nn.Module) -> Arguments:
     """Positional and keyword arguments of `network` from what stands for its inputs.
 
     A tuple holds positional arguments, a mapping those by keyword. A list holds positional ones, as torch's
@@ -53,7 +53,7 @@ def _takes_each(network: nn.Module, n: int) -> bool:
     )
 
 
-def fewest(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> int | None:
+def fewest(args: Sequence[Any], kwargs: Mapping[str, Any], targets: object) -> int | None:
     """The least number of data that a batch can have; None where no tensor tells.
 
     It's the least length of its tensors: targets may be flattened to tokens. If the first two dimensions of inputs
@@ -68,6 +68,6 @@ def fewest(args: Sequence[Any], kwargs: Mapping[str, Any], targets: Any) -> int 
     return min(lengths, default=None)
 
 
-def has_length(x: Any) -> bool:
+def has_length(x: object) -> bool:
     """Whether it is a tensor with a first dimension."""
     return isinstance(x, Tensor) and x.dim() > 0

@@ -1,7 +1,7 @@
 """The objective: negative log likelihood and KL, weighted as they must be."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from numbers import Real
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class ELBO:
         """Weight of the KL at this step."""
         return float(self._beta(self.step) if callable(self._beta) else self._beta)
 
-    def __call__(self, vnet: nn.Module, criterion: Criterion, inputs: Any, targets: Any) -> Terms:
+    def __call__(self, vnet: nn.Module, criterion: Criterion, inputs: object, targets: object) -> Terms:
         """The terms on one batch. A call in training mode counts as a step.
 
         Args:
@@ -109,7 +109,13 @@ class ELBO:
         return terms
 
     def _importance_weighted(
-        self, vnet: nn.Module, criterion: Criterion, args: Any, kwargs: Any, targets: Any, beta: float
+        self,
+        vnet: nn.Module,
+        criterion: Criterion,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        targets: Any,
+        beta: float,
     ) -> Terms:
         if not isinstance(vnet, VariationalModule):
             raise ArgumentError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
@@ -128,7 +134,7 @@ class ELBO:
         return Terms(-bound / self.num_data, nll.mean(), log_ratio.mean())
 
 
-def scalar(loss: Any) -> Tensor:
+def scalar(loss: object) -> Tensor:
     """The criterion's value, checked.
 
     Raises:

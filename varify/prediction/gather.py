@@ -23,7 +23,7 @@ def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1, v
     return pytree.tree_unflatten(gathered, spec)
 
 
-def _is_packed(value: Any) -> bool:
+def _is_packed(value: object) -> bool:
     return isinstance(value, PackedSequence)
 
 

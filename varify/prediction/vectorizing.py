@@ -90,13 +90,13 @@ def many(
     return Draws(outputs, vectorize, keeps, agrees)
 
 
-def _agree(one: Any, other: Any) -> bool:
+def _agree(one: object, other: object) -> bool:
     """Whether two outputs are equal up to rounding."""
     (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return spec == other_spec and all(map(_alike, leaves, others))
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: object, other: object) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return bool(one == other)
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -124,7 +124,7 @@ def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., 
     """
     mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> Any:
         if autocast_acts():
             raise RuntimeError("autocast is on")
         with _WITHOUT_FALLBACK:
@@ -168,7 +168,9 @@ class _Watching(TorchFunctionMode):
         self.refused = False
         self._results: list[weakref.ref[Tensor]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         try:
             result = func(*args, **(kwargs or {}))
         except Exception:
@@ -178,14 +180,14 @@ class _Watching(TorchFunctionMode):
         self._results += [weakref.ref(tensor) for tensor in _tensors_in(result) if id(tensor) not in operands]
         return result
 
-    def any_alive(self, output: Any, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
+    def any_alive(self, output: object, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
         """Whether a result is still alive that is not part of the output."""
         returned = _tensors_in(pytree.tree_leaves(output))
         known = {id(part) for tensor in returned for part in (tensor, tensor._base)}
         return any(id(t) not in known and only(t) for ref in self._results if (t := ref()) is not None)
 
 
-def _tensors_in(result: Any) -> list[Tensor]:
+def _tensors_in(result: object) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
     return [item for item in result if isinstance(item, Tensor)] if isinstance(result, (tuple, list)) else []

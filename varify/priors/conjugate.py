@@ -30,7 +30,7 @@ class ConjugateKnownMean(Prior):
     alpha_0: float
     beta_0: float
 
-    def __init__(self, mean: Any, alpha_0: float, beta_0: float, n_mc_samples: int = 1) -> None:
+    def __init__(self, mean: object, alpha_0: float, beta_0: float, n_mc_samples: int = 1) -> None:
         super().__init__(n_mc_samples)
         self.keep(mean=mean)
         self.keep_positive(alpha_0=_scalar("alpha_0", alpha_0), beta_0=_scalar("beta_0", beta_0))
@@ -74,7 +74,7 @@ class Conjugate(Prior):
         return marginal + 0.5 * math.log(self.kappa_0 / kappa_n)
 
 
-def _scalar(name: str, value: Any) -> Any:
+def _scalar(name: str, value: object) -> Any:
     if isinstance(value, Tensor) and value.dim():
         raise PriorError(f"{name} has shape {tuple(value.shape)}: one number is shared by a whole parameter tensor")
     return value

@@ -1,7 +1,5 @@
 """The scale mixture of two Gaussians."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ class ScaleMixture(Prior):
     sigma_2: Tensor | float
     pi: Tensor | float
 
-    def __init__(self, sigma_1: Any, sigma_2: Any, pi: Any, n_mc_samples: int = 1) -> None:
+    def __init__(self, sigma_1: object, sigma_2: object, pi: object, n_mc_samples: int = 1) -> None:
         super().__init__(n_mc_samples)
         self.keep_positive(sigma_1=sigma_1, sigma_2=sigma_2)
         self.keep(pi=pi)

@@ -1,6 +1,6 @@
 """The contract of an estimator's rule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ class RuleContract:
         output: Tensor = self._callable(*arguments)
         return output
 
-    def _is_input(self, argument: Any, number: int) -> bool:
+    def _is_input(self, argument: object, number: int) -> bool:
         """Whether the network is given it with each batch; else it has it."""
         if not isinstance(argument, Tensor) or isinstance(argument, nn.Parameter):
             return False
@@ -171,7 +171,7 @@ class RuleContract:
 class _Operation(nn.Module):
     """Calls an operation with its own parameters in their places among the inputs."""
 
-    def __init__(self, operation: Any, arguments: Sequence[Any], given: list[bool]) -> None:
+    def __init__(self, operation: Callable[..., Any], arguments: Sequence[Any], given: list[bool]) -> None:
         super().__init__()
         self.operation, self.given = operation, given
         self.names = [f"argument_{i}" for i in range(len(arguments))]

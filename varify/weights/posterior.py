@@ -98,7 +98,7 @@ class GaussianPosterior:
         """Mean, in the network's dtype, and sigma, each `(*shape)`, for an estimator.
 
         Args:
-            keeping: keep one noise for all uses in a call of so many examples; see `varify.moments.Kept`.
+            keeping: keep one noise for all uses in a call of so many examples; see `SharedNoise`.
         """
         moments = Moments(cast(self.mean, self.mu.dtype), self.sigma)
         return moments if keeping is None else moments.keeping(keeping)

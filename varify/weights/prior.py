@@ -107,7 +107,7 @@ class Prior(nn.Module):
         values: dict[str, Any] = {n: torch.full(v, 0.5) if isinstance(v, list) else v for n, v in settings.items()}
         return cls(**values)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: object) -> None:
         for name, buffer in self._buffers.items():
             found = state_dict.get(prefix + name)
             if not isinstance(found, Tensor) or buffer is None or found.shape != buffer.shape:
@@ -117,7 +117,7 @@ class Prior(nn.Module):
                 self._buffers[name] = torch.empty(found.shape, dtype=dtype, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def keep(self, **hyperparameters: Any) -> None:
+    def keep(self, **hyperparameters: object) -> None:
         """Check that each is a finite number or tensor, and keep it under its name."""
         for name, value in hyperparameters.items():
             refuse_gradients(name, value)
@@ -132,7 +132,7 @@ class Prior(nn.Module):
             if not torch.as_tensor(getattr(self, name)).isfinite().all():
                 raise PriorError(f"{name} must be finite, got {value!r}")
 
-    def keep_positive(self, **hyperparameters: Any) -> None:
+    def keep_positive(self, **hyperparameters: object) -> None:
         """`keep`, of what must be greater than 0."""
         self.keep(**hyperparameters)
         for name, value in hyperparameters.items():
@@ -145,13 +145,13 @@ class Prior(nn.Module):
         return f"{type(self).__name__}({told})"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, list):
         return f"tensor{tuple(value)}"
     return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-def refuse_gradients(name: str, value: Any) -> None:
+def refuse_gradients(name: str, value: object) -> None:
     """Refuse a hyper-parameter that somebody means to learn: it would be saved as a constant.
 
     Raises:
@@ -174,7 +174,7 @@ def is_room(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def checked_shape(name: str, value: Any) -> torch.Size:
+def checked_shape(name: str, value: object) -> torch.Size:
     """The shape that a checkpoint gives for the tensor `name`.
 
     Raises:
