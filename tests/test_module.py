@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import varify
 from tests.networks import CASES, Recurrent, TiedLanguageModel, Untraceable, collide, seeded
+from varify.priors.gaussian import kl_of_each_weight
 from varify.state import read_extra_state
 
 MIXTURE = {"sigma_1": 1.0, "sigma_2": 0.002, "pi": 0.5}
@@ -392,6 +393,37 @@ def test_summary_is_a_table_in_notebooks_too() -> None:
     html = table._repr_html_()
     assert html.count("<tr>") == 5
     assert "Gaussian(std=0.5774)" in html
+
+
+def test_a_summary_tells_the_share_at_the_prior_and_the_mean_signal_to_noise() -> None:
+    network = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
+    vnet = varify.variationalize(network, prior=varify.priors.Gaussian(std=2.0), init=varify.inits.Constant(2.0))
+    first, second = vnet.posteriors.values()
+    first.mu.data = torch.tensor([[0.0, 0.1, 4.1], [-6.0, 0.2, 0.3]])  # KL = mu²/8: .011 from .3 on
+    second.mu.data = torch.tensor([[2.0, 0.0]])
+    expected = (0.1 + 4.1 + 6.0 + 0.2 + 0.3 + 2.0) / 2.0 / 8
+    assert str(vnet.summary()).endswith(f"nats, 50.0% at the prior, mean |mu|/sigma {expected:.3g}")
+    vnet.set_prior(varify.priors.ScaleMixture(**MIXTURE), where="1.weight")
+    assert "50.0% of those with Gaussian priors at the prior" in str(vnet.summary())
+    vnet.set_prior(varify.priors.ScaleMixture(**MIXTURE))
+    assert "at the prior" not in str(vnet.summary())
+    vnet.set_prior(varify.priors.Gaussian(std=2.0))
+    varify.prune(vnet, 0.5)  # the four that are least: fixed weights are neither at the prior nor signal
+    assert str(vnet.summary()).endswith(f"nats, 0.0% at the prior, mean |mu|/sigma {(4.1 + 6 + 2 + 0.3) / 2 / 4:.3g}")
+
+
+@pytest.mark.parametrize("std", [0.3, torch.tensor([[0.1], [2.0]])])
+def test_the_divergence_of_each_weight_adds_up_to_the_divergence(std: Any) -> None:
+    torch.manual_seed(0)
+    vnet = varify.variationalize(nn.Linear(3, 2, bias=False), prior=varify.priors.Gaussian(mean=0.4, std=std))
+    q = vnet.posteriors["weight"]
+    q.rho.data = torch.linspace(-60, 3, 6).reshape(2, 3)  # sigma of the first underflows
+    normal = torch.distributions.Normal
+    each = torch.distributions.kl_divergence(
+        normal(q.mu.double(), F.softplus(q.rho.double())), normal(0.4, torch.as_tensor(std).double())
+    )
+    torch.testing.assert_close(kl_of_each_weight(q), each.flatten().float())
+    torch.testing.assert_close(kl_of_each_weight(q).sum(), q.kl_divergence())
 
 
 def test_saved_whole_and_loaded() -> None:

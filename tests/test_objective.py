@@ -96,8 +96,33 @@ def test_a_schedule_counts_training_steps_alone() -> None:
         assert elbo.beta == expected
         terms = elbo(vnet, F.cross_entropy, x, y)
         assert terms.loss.item() == pytest.approx(terms.nll.item() + expected * terms.kl.item() / 5)
-    elbo(vnet.eval(), F.cross_entropy, x, y)
+    with torch.no_grad():
+        elbo(vnet.eval(), F.cross_entropy, x, y)
     assert elbo.step == 4
+
+
+def test_training_in_eval_mode_is_told_once() -> None:
+    vnet, x, y = problem()
+    for network in (vnet.eval(), nn.Sequential(vnet).eval()):
+        elbo = ELBO(num_data=5)
+        with pytest.warns(
+            varify.VarifyWarning, match=r"is in eval mode .* elbo\.step stays at 0\. Call vnet\.train\(\)"
+        ):
+            elbo(network, F.cross_entropy, x, y)
+        elbo(network, F.cross_entropy, x, y)  # a second warning would be an error here
+    assert issubclass(varify.VarifyWarning, UserWarning)
+
+
+def test_validation_and_sampling_in_eval_mode_are_silent() -> None:
+    vnet, x, y = problem()
+    frozen = varify.variationalize(nn.Linear(3, 2)).eval().requires_grad_(False)
+    with torch.no_grad():
+        ELBO(num_data=5)(vnet.eval(), F.cross_entropy, x, y)
+    with vnet.sampling():
+        ELBO(num_data=5)(vnet, F.cross_entropy, x, y)
+    ELBO(num_data=5, bound="importance_weighted")(vnet, F.cross_entropy, x, y)  # draws in every mode
+    ELBO(num_data=5)(frozen, F.cross_entropy, x, y)
+    ELBO(num_data=5)(vnet.train(), F.cross_entropy, x, y)
 
 
 def test_the_importance_weighted_bound() -> None:

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import varify
+from varify import inits
 from varify.estimators import rules
 from varify.priors import registry
+from varify.weights import kl
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,7 +37,8 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "readme", readme)
     names = readme.__dict__
     names |= {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
-    kinds, known = dict(registry._BY_NAME), dict(rules._RULES)
+    tables = registry._BY_NAME, inits._BY_NAME, rules._RULES, kl._RULES
+    before = [dict(table) for table in tables]
     try:
         for block in BLOCKS:
             exec(block, names)
@@ -44,9 +47,9 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             for test in (name for name in dir(contract) if name.startswith("test_")):
                 getattr(contract(), test)()
     finally:
-        for table, before in ((registry._BY_NAME, kinds), (rules._RULES, known)):
+        for table, was in zip(tables, before, strict=True):
             table.clear()
-            table.update(before)
+            table.update(was)
     assert len(BLOCKS) >= 6
     assert len(contracts) == 3
     assert isinstance(names["pred"], varify.Prediction)

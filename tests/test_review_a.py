@@ -427,7 +427,9 @@ def test_summed_covariances_for_any_batch(batch: tuple[int, ...], normalization:
     p = scipy.special.softmax(values, -1) if normalization == "softmax" else np.logaddexp(0, values)
     p /= p.sum(-1, keepdims=True)
     for found, name in zip(
-        varify.Prediction(samples).covariances(normalization, summed=True), ("epistemic", "aleatoric"), strict=True
+        varify.Prediction(samples, class_dim=len(batch)).covariances(normalization, summed=True),
+        ("epistemic", "aleatoric"),
+        strict=True,
     ):
         expected = by_loop(p)[name].sum(0) if math.prod(batch) else np.zeros((3, 3))
         torch.testing.assert_close(found, torch.as_tensor(expected))

@@ -2,6 +2,8 @@
 
 from varify import estimators, inits, priors, testing
 from varify.analysis.description_length import DescriptionLength, description_length
+from varify.analysis.diagnose import diagnose
+from varify.analysis.findings import Diagnosis, Finding
 from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.pruning import prune, pruning_curve
@@ -18,6 +20,7 @@ from varify.errors import (
     UnknownNameError,
     UnsavableError,
     VarifyError,
+    VarifyWarning,
 )
 from varify.module import VariationalModule
 from varify.objective import schedules
@@ -35,8 +38,10 @@ __all__ = [
     "ELBO",
     "ArgumentError",
     "DescriptionLength",
+    "Diagnosis",
     "EstimatorError",
     "FileError",
+    "Finding",
     "GaussianLikelihood",
     "GaussianPosterior",
     "HeteroscedasticGaussianLikelihood",
@@ -52,7 +57,9 @@ __all__ = [
     "UnsavableError",
     "VariationalModule",
     "VarifyError",
+    "VarifyWarning",
     "description_length",
+    "diagnose",
     "estimators",
     "fit_prior",
     "fit_sigma",

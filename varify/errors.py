@@ -15,6 +15,10 @@ class VarifyError(Exception):
     """Parent of all errors below: `except varify.VarifyError` catches what varify itself refuses."""
 
 
+class VarifyWarning(UserWarning):
+    """Something that runs, and very likely isn't what was meant; `warnings.filterwarnings` tells it from others'."""
+
+
 class ModelError(VarifyError, TypeError):
     """The object given is no network that can be made variational."""
 

@@ -11,12 +11,18 @@ import torch
 from varify.graph.planning import Decision
 from varify.network.parameters import alias_names, first_slots
 from varify.posteriors import Posteriors
+from varify.priors.gaussian import AT_PRIOR, Gaussian, kl_of_each_weight
+from varify.weights.posterior import GaussianPosterior
 
 HEADER = ("parameter", "shape", "prior", "estimator", "mean sigma", "KL (nats)")
 
 
 class Row(NamedTuple):
-    """One parameter: `names` is its first name and its others; without sigma and kl it is deterministic."""
+    """One parameter: `names` is its first name and its others; without sigma and kl it is deterministic.
+
+    Of its weights that are not fixed, `free` is the number, `snr` the mean of |mu|/sigma, and `at_prior` how many have
+    less than `AT_PRIOR` nats, None where the prior tells no divergence of a single weight.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -24,6 +30,9 @@ class Row(NamedTuple):
     estimator: str
     sigma: float | None = None
     kl: float | None = None
+    free: int = 0
+    snr: float = 0.0
+    at_prior: int | None = None
 
     def cells(self) -> tuple[str, ...]:
         """Text of the columns of `HEADER`."""
@@ -45,12 +54,21 @@ class Summary:
 
     @property
     def totals(self) -> str:
-        """One line: how much is variational, and its KL."""
+        """One line: how much is variational, its KL, the share at the prior and the mean signal to noise."""
         variational = [row for row in self.rows if row.kl is not None]
         count = sum(math.prod(row.shape) for row in variational)
         everything = sum(math.prod(row.shape) for row in self.rows)
         kl = sum(row.kl for row in variational if row.kl is not None)
-        return f"{self.network}: {count:,} of {everything:,} parameters variational, KL {kl:,.1f} nats"
+        told = f"{self.network}: {count:,} of {everything:,} parameters variational, KL {kl:,.1f} nats"
+        known = [row for row in variational if row.at_prior is not None and row.free]
+        if known:
+            share = sum(row.at_prior or 0 for row in known) / sum(row.free for row in known)
+            which = (
+                "" if len(known) == len([row for row in variational if row.free]) else " of those with Gaussian priors"
+            )
+            told += f", {share:.1%}{which} at the prior"
+        free = sum(row.free for row in variational)
+        return f"{told}, mean |mu|/sigma {sum(row.free * row.snr for row in variational) / free:.3g}" if free else told
 
     def __str__(self) -> str:
         table = [HEADER, *(row.cells() for row in self.rows)]
@@ -97,11 +115,19 @@ def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]
                     estimator,
                     float(q.sigma.mean()),
                     float(q.kl_divergence()),
+                    *_of_single_weights(q.free()),
                 )
             )
         else:
             rows.append(Row(names, shape, "", settings.skipped.get(name, "not chosen")))
     return Summary(type(network).__name__, rows)
+
+
+def _of_single_weights(q: GaussianPosterior) -> tuple[int, float, int | None]:
+    """Number of weights, mean of |mu|/sigma, and how many are at the prior."""
+    n = q.rho.numel()
+    snr = float((q.mean.abs() / q.floored_sigma()[0]).mean()) if n else 0.0
+    return n, snr, int((kl_of_each_weight(q) < AT_PRIOR).sum()) if isinstance(q.prior, Gaussian) else None
 
 
 def _reported(name: str, estimator: str, decisions: Sequence[Mapping[str, Decision]]) -> str:

@@ -29,6 +29,14 @@ def prior_loss(network: nn.Module) -> Tensor:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
+def learns_undrawn(network: nn.Module) -> bool:
+    """Whether gradients are on and yet a part that learns runs at its means: in eval mode, and not `sampling`."""
+    return torch.is_grad_enabled() and any(
+        not (part.training or part.drawing.always) and any(p.requires_grad for p in part.parameters())
+        for part in variational_parts(network)
+    )
+
+
 @contextmanager
 def sampling(network: nn.Module) -> Iterator[None]:
     """Within, every variational module within `network` draws its weights, in eval mode as well."""

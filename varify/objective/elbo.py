@@ -1,6 +1,7 @@
 """The objective: negative log likelihood and KL, weighted as they must be."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from numbers import Real
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varify.errors import ArgumentError, ModelError, one_of, positive_int
+from varify.errors import ArgumentError, ModelError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
 from varify.objective.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
-from varify.within import prior_loss, variational_parts
+from varify.within import learns_undrawn, prior_loss, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
@@ -63,6 +64,7 @@ class ELBO:
         self.bound = bound
         self.step = 0
         self._beta = beta
+        self._warned = False
 
     def __repr__(self) -> str:
         return f"ELBO(num_data={self.num_data}, n_samples={self.n_samples}, beta={self._beta!r}, bound={self.bound!r})"
@@ -74,6 +76,9 @@ class ELBO:
 
     def __call__(self, vnet: nn.Module, criterion: Criterion, inputs: object, targets: object) -> Terms:
         """The terms on one batch. A call in training mode counts as a step.
+
+        Once, a `VarifyWarning` tells of weights that are trained at their means: in eval mode with gradients on,
+        outside `vnet.sampling()`.
 
         Args:
             vnet: a variational module, or any module with variational parts, also within DDP.
@@ -98,6 +103,7 @@ class ELBO:
             raise ArgumentError(
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
             )
+        self._warn_of_eval_mode(vnet)
         beta = self.beta
         if self.bound == "elbo":
             nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
@@ -107,6 +113,19 @@ class ELBO:
             terms = self._importance_weighted(vnet, criterion, args, kwargs, targets, beta)
         self.step += vnet.training
         return terms
+
+    def _warn_of_eval_mode(self, vnet: nn.Module) -> None:
+        # the other bound draws in eval mode as well; a compiled function has no place for warnings
+        if self._warned or self.bound != "elbo" or torch.compiler.is_compiling() or not learns_undrawn(vnet):
+            return
+        self._warned = True
+        warnings.warn(
+            f"the {type(vnet).__name__} is in eval mode and gradients are on: its weights are not drawn, and elbo.step "
+            f"stays at {self.step}. Call vnet.train() before training; to validate, use torch.no_grad() or "
+            "vnet.sampling()",
+            VarifyWarning,
+            stacklevel=3,
+        )
 
     def _importance_weighted(
         self,

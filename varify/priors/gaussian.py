@@ -11,6 +11,7 @@ from varify.weights.posterior import GaussianPosterior
 from varify.weights.prior import Prior
 
 LOG_2PI = math.log(2 * math.pi)
+AT_PRIOR = 0.01  # nats: a weight of less divergence says nothing that the prior does not
 
 
 @register("gaussian")
@@ -86,6 +87,16 @@ def _kl_gaussian(q: GaussianPosterior, p: Gaussian) -> Tensor:
     shift = q.mean - p.mean if isinstance(p.mean, Tensor) or p.mean else q.mean
     squares = ratio.dot(ratio) + _sum_of_squares(shift, std)
     return 0.5 * squares - ratio.log().sum() - (0.5 * ratio.numel() + log_rest.sum())
+
+
+def kl_of_each_weight(q: GaussianPosterior) -> Tensor:
+    """KL(q‖prior) of every free weight by itself, `(n,)`, nats, for a Gaussian prior; their sum is the divergence."""
+    q = q.free()
+    assert isinstance(q.prior, Gaussian)
+    std = q.prior._known_std()
+    sigma, log_rest = q.floored_sigma()
+    ratio, shift = sigma / std, (q.mean - q.prior.mean) / std
+    return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log() - log_rest).flatten()
 
 
 def _sum_of_squares(x: Tensor, scale: Tensor | float) -> Tensor:

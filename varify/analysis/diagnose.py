@@ -1,0 +1,130 @@
+"""`diagnose`: what is wrong with a variational network and the way it is trained, in words."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varify.analysis.evidence import Batch, Evidence, posteriors_of, total_of
+from varify.analysis.findings import Diagnosis, Finding
+from varify.analysis.symptoms import CHECKS
+from varify.errors import ArgumentError, ModelError, positive_int
+from varify.module import VariationalModule
+from varify.network.sharding import refuse_sharded
+from varify.objective.elbo import Criterion
+from varify.posteriors import cuda_devices
+from varify.within import variational_parts
+
+NEEDS = {"batch": "a loader or batch"}  # as a user calls it
+
+
+def diagnose(
+    vnet: nn.Module,
+    loader: Iterable[Any] | None = None,
+    criterion: Criterion | None = None,
+    *,
+    batch: tuple[Any, Any] | None = None,
+    num_data: int | None = None,
+    beta: float = 1.0,
+    n_draws: int = 16,
+) -> Diagnosis:
+    """What is wrong with a network during or after training, and what to change. What isn't given isn't checked.
+
+    It runs on copies of the network: its weights, modes, buffers and gradients stay, and so do torch's random numbers
+    (those of numpy, or that a data set draws elsewhere, don't; an iterator has one batch less).
+
+    Args:
+        vnet: a variational module, or any module with variational parts, in the modes that it is trained in.
+        loader: of (inputs, targets), inputs as for `ELBO`. Its first batch is taken.
+        criterion: that the network is trained with, `(output, targets)` to a mean over the batch.
+        batch: (inputs, targets), instead of a loader.
+        num_data: that the KL is divided by, as in `ELBO`.
+        beta: weight of the KL.
+        n_draws: forwards and backwards on the batch, each with its own draw of the weights; at least 2.
+
+    Raises:
+        ModelError: nothing in `vnet` is variational.
+        ArgumentError: an empty loader, a batch that is no pair, both, a criterion without a scalar, or a number that an
+            argument can't have.
+        StructureError: the parameters are in parts (FSDP2).
+    """
+    network = _checked_network(vnet)
+    if positive_int("n_draws", n_draws) < 2:
+        raise ArgumentError(f"n_draws must be at least 2, for a variance, got {n_draws}")
+    num_data = None if num_data is None else positive_int("num_data", num_data)
+    if isinstance(beta, bool) or not isinstance(beta, (Real, Tensor)) or not 0 <= float(beta) < math.inf:
+        raise ArgumentError(f"beta must be a number of at least 0, such as elbo.beta, got {beta!r}")
+    if criterion is not None and not callable(criterion):
+        raise ArgumentError(f"criterion must be a function of (output, targets), got {criterion!r}")
+    with _random_numbers_kept(network, loader):
+        given = _first_batch(network, loader, batch)
+        criterion = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
+        evidence = Evidence(network, posteriors_of(network), given, criterion, num_data, float(beta), n_draws)
+        findings, unchecked = _checked(evidence)
+    named = network.module if isinstance(network, VariationalModule) else network
+    return Diagnosis.of(type(named).__name__, findings, unchecked)
+
+
+def _checked(evidence: Evidence) -> tuple[list[Finding], dict[str, str]]:
+    """What the checks found, and why some were not made."""
+    findings, unchecked = [], {}
+    for name, needs, of, change in CHECKS:
+        missing = [NEEDS.get(need, need) for need in needs if getattr(evidence, need) is None]
+        found = f"needs {' and '.join(missing)}" if missing else of(evidence)
+        if isinstance(found, str):
+            unchecked[name] = found
+        else:
+            findings.append(Finding(name, *found, change="" if found.severity == "fine" else change))
+    return findings, unchecked
+
+
+def _checked_network(vnet: Any) -> nn.Module:
+    if not isinstance(vnet, nn.Module):
+        raise ModelError(f"vnet must be a network with variational parts, got {type(vnet).__name__}")
+    if isinstance(vnet, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        vnet = vnet.module
+    vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
+    if not variational_parts(vnet):
+        raise ModelError(
+            f"vnet must be a network with variational parts, got a {type(vnet).__name__} without: "
+            "vnet = varify.variationalize(network) makes one"
+        )
+    refuse_sharded(vnet, "diagnose()")
+    network: nn.Module = vnet
+    return network
+
+
+def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: Any) -> Batch | None:
+    if loader is not None and batch is not None:
+        raise ArgumentError("loader and batch exclude each other: the batch that is looked at is the loader's first")
+    if loader is None and batch is None:
+        return None
+    pair = batch if loader is None else next(iter(loader), None)
+    if loader is not None and pair is None:
+        raise ArgumentError("loader must give a batch of (inputs, targets), got an empty one")
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise ArgumentError(f"a batch must be (inputs, targets), got a {what}")
+    inputs, targets = pair
+    found = Batch.of(network, inputs, targets, total_of(network, loader))
+    if not found.size:
+        raise ArgumentError("a batch must have data, got inputs of length 0")
+    return found
+
+
+@contextmanager
+def _random_numbers_kept(network: nn.Module, loader: Any) -> Iterator[None]:
+    devices = sorted({i for part in variational_parts(network) for i in cuda_devices(part.posteriors)})
+    own = [g for g in (getattr(loader, "generator", None),) if isinstance(g, torch.Generator)]
+    before = [g.get_state() for g in own]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for generator, state in zip(own, before, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,295 @@
+"""The checks of a diagnosis: each from evidence to what it found, in words."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from varify.analysis.evidence import Evidence, doubled, floating, share
+from varify.errors import listed
+from varify.objective.arguments import has_length
+from varify.objective.elbo import scalar
+from varify.priors.gaussian import AT_PRIOR, Gaussian, kl_of_each_weight
+from varify.weights.posterior import GaussianPosterior
+from varify.within import learns_undrawn
+
+MOSTLY = 0.5  # a share from which on the prior has the loss, or the weights
+LEAST_LEARNED = 0.01  # of the nll: what having the data's own targets, and not others', makes it less
+COLLAPSED = 1e-3  # sigma relative to what a weight could be
+MANY_COLLAPSED = 0.1
+# Adam's beta1 = 0.9 averages (1 + beta1)/(1 - beta1) = 19 gradients: below 1/19 a step is more noise than signal.
+LEAST_SIGNAL = 1 / 19
+TINY_BATCH = 8
+LEAST_SPREAD = 1e-3  # of the outputs over draws, relative to that over data
+ROUNDING = 1e-3  # relative: losses may be in half precision
+
+
+class Found(NamedTuple):
+    """What a check found; see `Finding`."""
+
+    severity: str
+    told: str
+    figures: Mapping[str, float] = {}
+
+
+Checking = Callable[[Evidence], Found | str]
+
+
+class Check(NamedTuple):
+    """One illness.
+
+    Attributes:
+        name: of the check.
+        needs: fields of the evidence that must be given.
+        of: from evidence to what was found, or to why nothing can be.
+        change: what helps.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    of: Checking
+    change: str
+
+
+CHECKS: list[Check] = []
+
+
+def check(name: str, *needs: str, change: str) -> Callable[[Checking], Checking]:
+    """Add a check, with what it needs and what helps."""
+
+    def register(of: Checking) -> Checking:
+        CHECKS.append(Check(name, needs, of, change))
+        return of
+
+    return register
+
+
+# --- the weights alone
+
+
+@check("not-finite", change="go back to a checkpoint; lower the learning rate, or clip gradients (clip_grad_norm_)")
+def _not_finite(e: Evidence) -> Found | str:
+    bad = [name for name, q in e.posteriors.items() if not (q.mean.isfinite().all() and q.rho.isfinite().all())]
+    if bad:
+        return Found("error", f"{listed(bad)} have a mu or rho that is no finite number", {"tensors": len(bad)})
+    return Found("fine", "every mu and rho is a finite number")
+
+
+@check(
+    "eval-mode",
+    change="call vnet.train() before the training loop; networks from checkpoints often arrive in eval mode",
+)
+def _eval_mode(e: Evidence) -> Found | str:
+    if not learns_undrawn(e.network):
+        return Found("fine", "weights are drawn wherever gradients are on")
+    return Found("warning", "in eval mode with gradients on: trained so, weights are never drawn, and elbo.step stays")
+
+
+@check(
+    "at-prior",
+    change="such weights say nothing of the data, and only add noise (unless training starts there). Lower beta, start "
+    "from small sigmas (init='relative') or a pretrained network, choose another prior, or varify.prune them",
+)
+def _at_prior(e: Evidence) -> Found | str:
+    known = {name: q for name, q in e.posteriors.items() if isinstance(q.prior, Gaussian) and q.free().rho.numel()}
+    others = [name for name, q in e.posteriors.items() if not isinstance(q.prior, Gaussian)]
+    if not known:
+        return f"the KL of a single weight is known for Gaussian priors, which none of {listed(e.posteriors)} has"
+    with torch.no_grad():
+        kls = [kl_of_each_weight(q) for q in known.values()]
+    part = share([(int((kl < AT_PRIOR).sum()), kl.numel()) for kl in kls])
+    left = f"; not covered, for want of a Gaussian prior: {listed(others)}" if others else ""
+    told = f"{part:.1%} of the weights are at the prior, with less than {AT_PRIOR} nats each{left}"
+    return Found("warning" if part >= MOSTLY else "fine", told, {"share": part})
+
+
+@check(
+    "collapsed",
+    change="they are as good as deterministic. See that the criterion is a mean over the batch and num_data the number "
+    "of training data, lower rho's learning rate (varify.parameter_groups), and start again with init='relative'",
+)
+def _collapsed(e: Evidence) -> Found | str:
+    with torch.no_grad():
+        counts = [_count_collapsed(q.free()) for q in e.posteriors.values()]
+    if not sum(n for _, n in counts):
+        return "no weight is random"
+    part = share(counts)
+    told = (
+        f"{part:.1%} of the weights have collapsed: sigma is below {COLLAPSED:g} of the prior's std and of the root "
+        "mean square of their tensor's means"
+    )
+    return Found("error" if part >= MOSTLY else "warning" if part >= MANY_COLLAPSED else "fine", told, {"share": part})
+
+
+def _count_collapsed(q: GaussianPosterior) -> tuple[int, int]:
+    """How many weights have a sigma that is nothing beside both the prior's and the size of the means; of how many.
+
+    Where sigma started is not kept. Against one of the two alone, a wide prior or a tensor of large weights would have
+    sigmas collapsed that matter. A tensor of zeros has no size; a prior may have no std.
+    """
+    if not q.rho.numel():
+        return 0, 0
+    std, size = q.prior.weight_std(), q.mean.square().mean().sqrt()
+    scale = torch.as_tensor(math.inf if std is None else std).to(size)
+    scale = torch.where(size > 0, torch.minimum(scale, size), scale)
+    return int((q.sigma < COLLAPSED * scale).logical_and(scale.isfinite()).sum()), q.rho.numel()
+
+
+# --- the objective
+
+
+@check(
+    "kl-dominates",
+    *("batch", "criterion", "num_data"),
+    change="where the nll does not fall, lower beta or warm it up (varify.schedules.warm_up), fit the prior "
+    "(varify.fit_prior), or center it on a pretrained network (varify.priors.Gaussian(centered=True))",
+)
+def _kl_dominates(e: Evidence) -> Found | str:
+    nll = e.trained.nll
+    with torch.no_grad():
+        kl = e.beta * sum(float(q.kl_divergence()) for q in e.posteriors.values()) / e.num_data
+    if not math.isfinite(kl + nll):
+        return f"the loss is not finite: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
+    if nll <= 0:
+        return f"the nll of {nll:.4g} is not positive, as that of a density may be, so the KL is no share of the loss"
+    part = kl / (kl + nll)
+    told = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
+    figures, learned = {"share": part, "kl": kl, "nll": nll}, e.learned
+    if part >= MOSTLY and learned is not None:
+        told += f" (by {learned:.2g} of that less than with targets of other data)"
+        figures["learned"] = learned
+    # A network may have learned under a prior that has most of the loss, of which a part is the same for all weights.
+    ill = "warning" if learned is None or learned > LEAST_LEARNED else "error"
+    return Found(ill if part >= MOSTLY else "fine", told, figures)
+
+
+@check(
+    "num-data",
+    *("batch", "num_data"),
+    change="divide the KL by the size of the training set, not of the batch: num_data=len(train_set)",
+)
+def _num_data(e: Evidence) -> Found | str:
+    size, total, n = e.batch.size, e.batch.total, e.num_data
+    figures = {"num_data": n, "batch": size} | ({} if total is None else {"data": total})
+    if n < (total or size):
+        why = ", the size of the batch" if n == size else ""
+        return Found("error", f"num_data={n}{why}, but there are {total or size} data: the KL weighs too much", figures)
+    if total is None and n == size:
+        return Found("warning", f"num_data={n} is the size of the batch: right only if that is all the data", figures)
+    return Found("fine", f"num_data={n}, in batches of {size}", figures)
+
+
+@check(
+    "summed-criterion",
+    *("batch", "criterion"),
+    change="use a criterion that is a mean over the batch (reduction='mean'): elbo adds KL/num_data to it",
+)
+def _summed_criterion(e: Evidence) -> Found | str:
+    leaves = pytree.tree_leaves(e.trained.output)
+    if not any(has_length(x) for x in leaves):
+        return f"the network returns a {type(e.trained.output).__name__} without a tensor that can be doubled"
+    with torch.no_grad():
+        value = e.criterion(e.trained.output, e.batch.targets)
+        if any(value is x for x in leaves):
+            return "the network computes the loss itself"
+        try:
+            once, twice = float(value), float(scalar(e.criterion(doubled(e.trained.output), doubled(e.batch.targets))))
+        except Exception as error:
+            return f"the criterion takes no batch of twice the size ({type(error).__name__}: {error})"
+    ratio = twice / once if once else math.nan
+    if abs(ratio - 2) < 0.02:
+        told = (
+            f"the criterion goes from {once:.4g} to {twice:.4g} for a batch and its copy: it is a sum, or divided by a "
+            f"fixed number. A sum makes the KL count {e.batch.size} times too little"
+        )
+        return Found("error", told, {"ratio": ratio})
+    if abs(ratio - 1) < 0.02:
+        return Found("fine", "the criterion is a mean over the batch", {"ratio": ratio})
+    return f"the criterion is neither mean nor sum: {once:.4g} for the batch, {twice:.4g} for it and its copy"
+
+
+@check(
+    "squared-error",
+    *("batch", "criterion"),
+    change="criterion = varify.GaussianLikelihood(), which learns the noise: give its parameters to the optimizer too",
+)
+def _squared_error(e: Evidence) -> Found | str:
+    with torch.no_grad():
+        value = float(scalar(e.criterion(e.trained.output, e.batch.targets)))
+    outputs, wanted = floating(e.trained.output), floating(e.batch.targets)
+    if not outputs:
+        return f"the network returns a {type(e.trained.output).__name__} without a tensor to compare with the targets"
+    for found, target in ((x, y) for x in outputs for y in wanted if x.shape == y.shape):
+        mse = float(F.mse_loss(found.double(), target.double()))
+        # the mean over a datum's targets too divides all of them
+        for loss, var in ((mse, 0.5 * target[0].numel()), (mse * target.numel(), 0.5)):
+            if loss > 0 and math.isclose(value, loss, rel_tol=ROUNDING):
+                told = (
+                    f"the criterion is the squared error, as of a Gaussian likelihood with a variance of {var:g} (std "
+                    f"{math.sqrt(var):.3g}) whatever the targets' noise and unit; the squared error is {mse:.4g}"
+                )
+                return Found("error", told, {"var": var, "mse": mse})
+    return Found("fine", "the criterion is no bare squared error")
+
+
+# --- the batch
+
+
+@check(
+    "gradient-noise",
+    *("batch", "criterion"),
+    change="a step is more noise than signal even after Adam's average over 19: larger batches, "
+    "variationalize(..., estimator='auto'), more draws (ELBO(n_samples=...)), or smaller sigmas at the start",
+)
+def _gradient_noise(e: Evidence) -> Found | str:
+    learned = {name: g for name, g in (("mu", e.trained.mu), ("rho", e.trained.rho)) if g.mean}
+    if not learned:
+        return "no mu and no rho has a gradient"
+    snr = {name: g.signal_to_noise for name, g in learned.items()}
+    if any(math.isnan(value) for value in snr.values()):
+        return "the gradients are not finite"
+    told = " and ".join(f"{value:.3g} for {name}" for name, value in snr.items())
+    told = f"mean²/variance of the nll's gradient over draws of the weights, on this batch: {told}"
+    return Found("warning" if snr.get("mu", math.inf) < LEAST_SIGNAL else "fine", told, snr)
+
+
+@check(
+    "tiny-batch-norm",
+    "batch",
+    change=f"use batches of at least {TINY_BATCH}, put these layers in eval mode, or use GroupNorm",
+)
+def _tiny_batch_norm(e: Evidence) -> Found | str:
+    norms = [
+        name
+        for name, m in e.network.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
+    ]
+    if not norms:
+        return Found("fine", "nothing normalizes by the statistics of a batch")
+    told = f"{listed(norms)} normalize by the statistics of a batch of {e.batch.size}"
+    return Found("warning" if e.batch.size < TINY_BATCH else "fine", told, {"batch": e.batch.size})
+
+
+@check(
+    "equal-draws",
+    "batch",
+    change="there is no uncertainty to predict with: vnet.summary() tells the sigmas, and what is deterministic; "
+    "choose by where= parameters that the network uses",
+)
+def _equal_draws(e: Evidence) -> Found | str:
+    means = [mean.flatten() for mean in e.predicted.mean]
+    n = sum(mean.numel() for mean in means)
+    if not n:
+        return "the network returns no floating-point tensor"
+    spread, outputs = math.sqrt(e.predicted.noise / n), torch.cat(means)
+    if not math.isfinite(spread):
+        return "the outputs are not finite"
+    # over the data, since outputs may be far from 0 all together
+    scale = float(outputs.std(unbiased=False)) or float(outputs.square().mean().sqrt())
+    told = f"predictions differ between draws by {spread:.3g}, and between data and outputs by {scale:.3g}"
+    ill = spread <= LEAST_SPREAD * scale
+    return Found("error" if ill else "fine", told, {"draws": spread, "data": scale})
