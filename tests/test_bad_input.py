@@ -96,7 +96,7 @@ def test_parameters_that_can_not_be_variational_are_left_and_named() -> None:
     [
         (
             "xavier",
-            r"init must be a varify.inits.Init or one of relative, constant, zero_mean, normal, moped, got 'xavier'",
+            r"init must be a varify.inits.Init or one of of_weights, .*, zero_mean, normal, moped, got 'xavier'",
         ),
         (3, "init must be .*, got 3"),
     ],

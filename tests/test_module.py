@@ -166,7 +166,7 @@ def test_priors_and_initializations_by_glob() -> None:
         init={"0.*": varify.inits.Constant(0.25), "2.weight": "zero_mean"},
     )
     stds = {name: round(q.prior.std, 4) for name, q in vnet.posteriors.items()}
-    assert stds == {"0.weight": 0.5774, "0.bias": 2.0, "2.weight": 0.4472, "2.bias": 0.4472}
+    assert stds == {"0.weight": 1.0, "0.bias": 2.0, "2.weight": 0.4472, "2.bias": 0.4472}
     torch.testing.assert_close(vnet.posteriors["0.weight"].sigma, torch.full((5, 3), 0.25))
     assert not vnet.posteriors["2.weight"].mu.any()
 
@@ -175,10 +175,14 @@ def test_initializations() -> None:
     network = nn.Linear(400, 300)
     w = network.weight
     sigma = lambda init: varify.variationalize(network, init=init).posteriors["weight"].sigma  # noqa: E731
-    torch.testing.assert_close(sigma(None), torch.full_like(w, 0.1 / 20))
+    torch.testing.assert_close(sigma(None), torch.full_like(w, 0.1 * w.detach().double().norm() / w.numel() ** 0.5))
+    zeros = varify.variationalize(nn.LayerNorm(3), where="*").posteriors["bias"]
+    torch.testing.assert_close(zeros.sigma, torch.full((3,), 0.01))
+    relative = varify.variationalize(network, prior="gaussian", init="relative").posteriors["weight"]
+    torch.testing.assert_close(relative.sigma, torch.full_like(w, 0.1 / 20))
     torch.testing.assert_close(sigma("constant"), torch.full_like(w, 0.01))
     torch.testing.assert_close(sigma(varify.inits.Moped(0.3, floor=1e-3)), (0.3 * w.abs()).clamp_min(1e-3))
-    pyvarinf = varify.variationalize(network, init="zero_mean")
+    pyvarinf = varify.variationalize(network, prior="gaussian", init="zero_mean")
     assert not pyvarinf.posteriors["weight"].mu.any()
     assert pyvarinf.prior_loss().item() == pytest.approx(
         0.0, abs=0.05
@@ -392,7 +396,7 @@ def test_summary_is_a_table_in_notebooks_too() -> None:
     assert "Untraceable: 16 of 16 parameters variational" in str(table)
     html = table._repr_html_()
     assert html.count("<tr>") == 5
-    assert "Gaussian(std=0.5774)" in html
+    assert "Gaussian(std=1)" in html
 
 
 def test_a_summary_tells_the_share_at_the_prior_and_the_mean_signal_to_noise() -> None:

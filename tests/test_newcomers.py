@@ -131,7 +131,7 @@ def test_an_elbo_without_variational_parts_is_refused() -> None:
 
 @pytest.mark.parametrize("beta", ["warm_up", None, -1.0, float("inf"), float("nan")])
 def test_a_beta_that_is_no_number_is_refused(beta: Any) -> None:
-    with pytest.raises(varify.ArgumentError, match=r"beta must be a number of at least 0, or a function .* got"):
+    with pytest.raises(varify.ArgumentError, match=r"beta must be 'auto', a number of at least 0, or .* got"):
         ELBO(num_data=9, beta=beta)
 
 
@@ -146,7 +146,11 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 def test_an_elbo_prints_what_it_is() -> None:
-    assert repr(ELBO(num_data=9)) == "ELBO(num_data=9, n_samples=1, beta=1.0, bound='elbo')"
+    assert repr(ELBO(num_data=9, beta=1.0)) == "ELBO(num_data=9, n_samples=1, beta=1.0, bound='elbo')"
+    elbo = ELBO(num_data=9)
+    assert "beta='auto' (num_data / (10 variational weights), at most 1: known at the first call)" in repr(elbo)
+    elbo(vnet_of(), F.cross_entropy, torch.ones(2, 4), torch.tensor([0, 1]))
+    assert f"at most 1: {9 / 670}" in repr(elbo)
     assert "beta=warm_up(10, end=1.0)" in repr(ELBO(num_data=9, beta=schedules.warm_up(10)))
     for made in (schedules.uniform(3), schedules.blundell(3), schedules.cyclical(8, end=0.5)):
         assert made(0) == eval(f"schedules.{made!r}")(0)

@@ -125,6 +125,23 @@ def test_validation_and_sampling_in_eval_mode_are_silent() -> None:
     ELBO(num_data=5)(vnet.train(), F.cross_entropy, x, y)
 
 
+def test_the_kls_weight_by_itself() -> None:
+    vnet, x, y = problem()
+    count = sum(p.numel() for p in vnet.module.parameters())
+    for num_data, expected in ((5, 5 / (10 * count)), (10 * count, 1.0), (10**6, 1.0)):
+        elbo = ELBO(num_data=num_data)
+        assert elbo.beta is None
+        terms = elbo(vnet, F.cross_entropy, x, y)
+        assert elbo.beta == varify.kl_weight(vnet, num_data) == pytest.approx(expected)
+        assert terms.loss.item() == pytest.approx(terms.nll.item() + expected * terms.kl.item() / num_data, rel=1e-5)
+        assert terms.kl.item() == pytest.approx(vnet.prior_loss().item(), rel=1e-5)
+    head = nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2)))
+    assert varify.kl_weight(head, 20) == 20 / 80  # of the variational part alone
+    objective = ELBO(num_data=5, bound="importance_weighted")
+    objective(vnet, F.cross_entropy, x, y)
+    assert objective.beta == 1.0  # else it would be no bound
+
+
 def test_the_importance_weighted_bound() -> None:
     """One weight, one datum: tighter than the ELBO and below the evidence, both known by quadrature."""
     torch.manual_seed(0)
@@ -140,7 +157,7 @@ def test_the_importance_weighted_bound() -> None:
         repeats = 40_000 // n_samples // (1 if n_samples > 1 else 10)
         losses = torch.stack([objective(vnet, likelihood, x, y).loss.detach() for _ in range(min(repeats, 2000))])
         bounds[n_samples] = (-losses.mean().item(), losses.std().item() / len(losses) ** 0.5)
-    terms = [ELBO(num_data=1)(vnet, likelihood, x, y).loss.detach() for _ in range(4000)]
+    terms = [ELBO(num_data=1, beta=1.0)(vnet, likelihood, x, y).loss.detach() for _ in range(4000)]
     elbo, error = -torch.stack(terms).mean().item(), torch.stack(terms).std().item() / 4000**0.5
     assert abs(bounds[1][0] - elbo) < 5 * (error + bounds[1][1])
     assert bounds[1][0] + 5 * bounds[1][1] < bounds[20][0] < evidence + 5 * bounds[20][1]
@@ -185,7 +202,7 @@ def test_parameter_groups() -> None:
     assert (means["lr"], rhos["lr"]) == (1e-3, 1e-2)
     assert {id(p) for p in rhos["params"]} == {id(q.rho) for q in vnet.posteriors.values()}
     assert len(means["params"]) == 4
-    assert varify.parameter_groups(vnet, lr=1e-3)[1]["lr"] == 1e-3
+    assert varify.parameter_groups(vnet, lr=1e-3)[1]["lr"] == 5e-3
     torch.optim.AdamW(varify.parameter_groups(vnet, lr=1e-3), weight_decay=0.1)
 
 
@@ -196,7 +213,7 @@ def test_bad_objectives() -> None:
     for options, told in (
         ({"num_data": 0}, "num_data must be a positive integer, got 0"),
         ({"num_data": 5, "n_samples": 0}, "n_samples must be a positive integer, got 0"),
-        ({"num_data": 5, "beta": -1.0}, "beta must be a number of at least 0, .*, got -1.0"),
+        ({"num_data": 5, "beta": -1.0}, "beta must be 'auto', a number of at least 0, .*, got -1.0"),
         ({"num_data": 5, "bound": "iwae"}, "bound must be one of .*, got 'iwae'"),
     ):
         with pytest.raises(ValueError, match=told):

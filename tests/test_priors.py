@@ -195,7 +195,7 @@ def test_default_gaussian_uses_fan_in_and_gives_a_bias_that_of_its_layer() -> No
         }
     )
     network.register_parameter("alone", nn.Parameter(torch.zeros(3)))
-    stds = {name: q.prior.std for name, q in varify.variationalize(network).posteriors.items()}
+    stds = {name: q.prior.std for name, q in varify.variationalize(network, prior="gaussian").posteriors.items()}
     expected = {
         **{"fc.weight": 4, "fc.bias": 4, "conv.weight": 25, "conv.bias": 25, "up.weight": 18, "up.bias": 18},
         **{"words.weight": 7, "rnn.weight_ih_l0": 3, "rnn.bias_ih_l0": 3, "rnn.weight_hh_l0": 5, "rnn.bias_hh_l0": 5},

@@ -24,7 +24,7 @@ from varify.errors import (
 )
 from varify.module import VariationalModule
 from varify.objective import schedules
-from varify.objective.elbo import ELBO, Terms, parameter_groups
+from varify.objective.elbo import ELBO, Terms, kl_weight, parameter_groups
 from varify.objective.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
 from varify.prediction.prediction import Prediction
 from varify.serialization import load, save
@@ -64,6 +64,7 @@ __all__ = [
     "fit_prior",
     "fit_sigma",
     "inits",
+    "kl_weight",
     "load",
     "parameter_groups",
     "prior_loss",

@@ -12,13 +12,13 @@ from varify.network.copies import copy_network
 from varify.network.parameters import first_slots, slot_names
 from varify.network.selection import WhereLike, by_glob, choose, padding_rows
 from varify.posteriors import Settings, Trees, bind
-from varify.priors import PriorLike, as_prior
+from varify.priors import Gaussian, Prior, PriorLike, as_prior
 
 
 def variationalize(
     model: nn.Module,
     *,
-    prior: PriorLike | Mapping[str, PriorLike] = "gaussian",
+    prior: PriorLike | Mapping[str, PriorLike] | None = None,
     where: WhereLike = None,
     init: InitLike | Mapping[str, InitLike] = None,
     estimator: EstimatorLike | Mapping[str, EstimatorLike] = "weights",
@@ -34,12 +34,13 @@ def variationalize(
     Args:
         model: any `nn.Module`, pretrained or not, on any device.
         prior: for all chosen parameters, or `{glob: prior}` with the default elsewhere and the last match winning:
-            a name of `set_prior`, a `varify.priors.Prior` or a factorized `torch.distributions.Distribution`.
+            a name of `set_prior`, a `varify.priors.Prior` or a factorized `torch.distributions.Distribution`. Default:
+            `varify.priors.Gaussian(std=1.0)`.
         where: which parameters: a glob on their names, several, or a predicate `(name, parameter, owner_module) ->
             bool`. Default: every floating-point parameter that requires a gradient, except those of normalization
             layers.
         init: how mu and rho start: a `varify.inits.Init`, the name of one, or `{glob: init}`. Default:
-            `varify.inits.Relative()`, the weights as means and a tenth of the prior's standard deviation.
+            `varify.inits.OfWeights()`, the weights as means and a tenth of their root mean square by tensor.
         estimator: how gradients are estimated in training, or `{glob: estimator}`: "weights" draws the weights once a
             forward; "local" draws the outputs of linear operations; "flipout" gives each example perturbations of its
             own; "auto" takes of these the one with the least variance that is exact. Where an estimator is unavailable
@@ -57,7 +58,8 @@ def variationalize(
     """
     check_model(model)
     chosen, skipped = choose(model, where)
-    chosen_priors = by_glob(prior, as_prior("gaussian"), chosen, as_prior)
+    default: Prior = Gaussian(std=1.0)
+    chosen_priors = by_glob(default if prior is None else prior, default, chosen, as_prior)
     chosen_inits = by_glob(init, as_init(None), chosen, as_init)
     estimators = by_glob(estimator, "weights", chosen, check_estimator)
     bound = {name: bind(chosen_priors[name], slot) for name, slot in chosen.items()}

@@ -40,7 +40,8 @@ class ELBO:
     Args:
         num_data: size of the training set, not of a batch: the KL belongs to all the data together.
         n_samples: forwards a step, each with its own draw; the nll is their mean.
-        beta: weight of the KL, a number or a function of the step such as those in `varify.schedules`.
+        beta: weight of the KL: "auto", see `kl_weight`; a number, 1 for the evidence lower bound itself; or a function
+            of the step such as those in `varify.schedules`. The terms are reported as they are, whatever the weight.
         bound: "elbo", or "importance_weighted", the bound of Burda, Grosse & Salakhutdinov (2016, arXiv:1509.00519)
             over the weights, $-\log \frac1S \sum_s e^{-N nll_s} (p(w_s)/q(w_s))^\beta$ divided by N = num_data. It is
             tighter than the ELBO with more samples, needs drawn weights (estimator "weights"), and is a bound when
@@ -53,10 +54,13 @@ class ELBO:
         ArgumentError: num_data < 1, n_samples < 1, a negative beta or an unknown bound.
     """
 
-    def __init__(self, *, num_data: int, n_samples: int = 1, beta: float | Schedule = 1.0, bound: str = "elbo") -> None:
-        if not callable(beta) and not (isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < math.inf):
+    def __init__(
+        self, *, num_data: int, n_samples: int = 1, beta: float | Schedule | str = "auto", bound: str = "elbo"
+    ) -> None:
+        is_number = isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < math.inf
+        if not (callable(beta) or is_number or beta == "auto"):
             raise ArgumentError(
-                "beta must be a number of at least 0, or a function of the step such as "
+                "beta must be 'auto', a number of at least 0, or a function of the step such as "
                 f"varify.schedules.warm_up(1000), got {beta!r}"
             )
         one_of("bound", bound, BOUNDS)
@@ -65,14 +69,28 @@ class ELBO:
         self.step = 0
         self._beta = beta
         self._warned = False
+        self._found: float | None = None
 
     def __repr__(self) -> str:
-        return f"ELBO(num_data={self.num_data}, n_samples={self.n_samples}, beta={self._beta!r}, bound={self.bound!r})"
+        beta = repr(self._beta)
+        if isinstance(self._beta, str):  # with the reason in short
+            beta += f" (num_data / (10 variational weights), at most 1: {self._found or 'known at the first call'})"
+        return f"ELBO(num_data={self.num_data}, n_samples={self.n_samples}, beta={beta}, bound={self.bound!r})"
 
     @property
-    def beta(self) -> float:
-        """Weight of the KL at this step."""
-        return float(self._beta(self.step) if callable(self._beta) else self._beta)
+    def beta(self) -> float | None:
+        """Weight of the KL at this step; with "auto" that of the last call, None before it."""
+        if callable(self._beta):
+            return float(self._beta(self.step))
+        return self._found if isinstance(self._beta, str) else float(self._beta)
+
+    def _weight(self, network: nn.Module) -> float:
+        """Weight of the KL of this network at this step."""
+        if isinstance(self._beta, str):  # the importance-weighted bound is one with the whole KL alone
+            self._found = kl_weight(network, self.num_data) if self.bound == "elbo" else 1.0
+        beta = self.beta
+        assert beta is not None
+        return beta
 
     def __call__(self, vnet: nn.Module, criterion: Criterion, inputs: object, targets: object) -> Terms:
         """The terms on one batch. A call in training mode counts as a step.
@@ -105,6 +123,7 @@ class ELBO:
             )
         self._warn_of_eval_mode(vnet)
         beta = self.beta
+        beta = self._weight(vnet)
         if self.bound == "elbo":
             nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
             nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
@@ -153,6 +172,22 @@ class ELBO:
         return Terms(-bound / self.num_data, nll.mean(), log_ratio.mean())
 
 
+def kl_weight(network: nn.Module, num_data: int) -> float:
+    """The weight of the KL that `ELBO(beta="auto")` takes: num_data / (10 · number of variational weights), at most 1.
+
+    With ten data for each weight the loss is the evidence lower bound. A network with fewer goes to its prior under
+    the whole of it, the more so the wider it is: of a mean-field posterior the KL grows with every weight, and what the
+    data say does not (Coker et al. 2022, arXiv:2106.07052). Below ten the KL counts in proportion, which is a colder
+    posterior and no bound. The factor was found by measurement; see `tests/benchmarks/defaults.py`.
+
+    Args:
+        network: a variational module, or any module with variational parts.
+        num_data: size of the training set.
+    """
+    weights: int = sum(rho.numel() for part in variational_parts(network) for rho in part.rho.parameters())
+    return min(1.0, positive_int("num_data", num_data) / (10 * max(weights, 1)))
+
+
 def scalar(loss: object) -> Tensor:
     """The criterion's value, checked.
 
@@ -171,7 +206,8 @@ def parameter_groups(network: nn.Module, lr: float, rho_lr: float | None = None)
     Args:
         network: a variational module, or any module with variational parts.
         lr: of the means and the deterministic parameters.
-        rho_lr: of the rho's; default `lr`. Weight decay is 0 for both: the prior is the regularizer.
+        rho_lr: of the rho's; default 5·lr: sigma changes by a factor with each unit of rho, and at the rate of the
+            means it would not come far in a usual training. Weight decay is 0 for both: the prior is the regularizer.
     """
     rhos = {id(p) for m in network.modules() if isinstance(m, VariationalModule) for p in m.rho.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -179,7 +215,7 @@ def parameter_groups(network: nn.Module, lr: float, rho_lr: float | None = None)
         {"params": [p for p in parameters if id(p) not in rhos], "lr": lr, "weight_decay": 0.0},
         {
             "params": [p for p in parameters if id(p) in rhos],
-            "lr": lr if rho_lr is None else rho_lr,
+            "lr": 5 * lr if rho_lr is None else rho_lr,
             "weight_decay": 0.0,
         },
     ]
