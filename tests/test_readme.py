@@ -37,6 +37,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "readme", readme)
     names = readme.__dict__
     names |= {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
+    names["validation_loader"] = DataLoader(TensorDataset(torch.randn(20, 4), torch.randint(3, (20,))), 8)
     tables = registry._BY_NAME, inits._BY_NAME, rules._RULES, kl._RULES
     before = [dict(table) for table in tables]
     try:
@@ -53,6 +54,7 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(BLOCKS) >= 6
     assert len(contracts) == 3
     assert isinstance(names["pred"], varify.Prediction)
+    assert names["temperature"] > 0
     assert names["terms"].loss.isfinite()
     assert (tmp_path / "net.safetensors").exists()
 

@@ -6,6 +6,7 @@ from varify.analysis.diagnose import diagnose
 from varify.analysis.findings import Diagnosis, Finding
 from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
+from varify.analysis.fit_temperature import fit_temperature
 from varify.analysis.pruning import prune, pruning_curve
 from varify.errors import (
     ArgumentError,
@@ -63,6 +64,7 @@ __all__ = [
     "estimators",
     "fit_prior",
     "fit_sigma",
+    "fit_temperature",
     "inits",
     "kl_weight",
     "load",

@@ -98,6 +98,7 @@ class VariationalModule(nn.Module):
         outputs: str = "logits",
         class_dim: int = -1,
         vectorize: bool | None = None,
+        linearized: bool = False,
         **kwargs: object,
     ) -> Any:
         """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
@@ -110,6 +111,8 @@ class VariationalModule(nn.Module):
             vectorize: whether to run several draws at once, by `torch.func.vmap`; by default where it is expected to
                 be faster. The draws are the same either way, and where an operation can't be vectorized they run
                 sequentially anyhow.
+            linearized: whether the draws go through the network's linear expansion at the means, f(mu) + J(mu)(w − mu),
+                which the posteriors of `fit_sigma` are those of (Immer et al. 2021, arXiv:2008.08400).
             kwargs: of the network.
 
         Returns:
@@ -117,9 +120,9 @@ class VariationalModule(nn.Module):
             for a nested tensor, a tuple of them.
 
         Raises:
-            ArgumentError: n_samples is no positive integer.
+            ArgumentError: n_samples is no positive integer; linearized, and an operation has no derivative.
         """
-        found = outputs_of_draws(self, args, kwargs, n_samples, vectorize)
+        found = outputs_of_draws(self, args, kwargs, n_samples, vectorize, linearized)
         return gather(found.outputs, outputs, class_dim, found.vectorized)
 
     @contextmanager

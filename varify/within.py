@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varify.errors import ArgumentError, listed
 from varify.network.copies import copy_network
 from varify.network.parameters import first_slots, is_variational
 from varify.network.sharding import gathered, refuse_sharded
@@ -46,6 +47,22 @@ def sampling(network: nn.Module) -> Iterator[None]:
         yield
 
 
+def means_of(vnet: Any) -> dict[str, Tensor]:
+    """The means of all variational parameters of a `VariationalModule` by name, each in its network's dtype."""
+    # not mu itself, which momentum may have moved where a weight is pruned
+    return {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
+
+
+def refuse_nested(vnet: Any, what: str) -> None:
+    """Raise an ArgumentError if `vnet` has a variational module within: `what` knows the weights of one."""
+    nested = [name for name, part in vnet.module.named_modules() if is_variational(part)]
+    if nested:
+        raise ArgumentError(
+            f"{what} needs a network without variational modules within, got one at {listed(map(repr, nested))}: "
+            "variationalize the plain network as a whole, with where= for the parts that are to be random"
+        )
+
+
 @torch.no_grad()
 def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: str) -> nn.Module:
     """A copy of the user's network with other weights, also in the variational modules within it.
@@ -81,14 +98,18 @@ def outputs_of_draws(
     kwargs: Mapping[str, Any],
     n_samples: int,
     vectorize: bool | None = None,
+    linearized: bool = False,
 ) -> Draws:
     """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
+    if linearized:
+        refuse_nested(vnet, "linearized=True")
     with gathered(vnet):
         engine = vnet.engine
+        means = means_of(vnet) if linearized else None
 
         def draw() -> dict[str, Tensor]:
             theta: dict[str, Tensor] = engine.posteriors.draw(vnet.drawing.noise)
             return theta
 
-        draws: Draws = engine.sampler.outputs(args, kwargs, draw, n_samples, vectorize, sampling)
+        draws: Draws = engine.sampler.outputs(args, kwargs, draw, n_samples, vectorize, sampling, means)
     return draws

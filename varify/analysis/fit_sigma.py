@@ -14,6 +14,7 @@ from varify.module import VariationalModule
 from varify.objective.elbo import Criterion, scalar
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
+from varify.within import means_of
 
 Weights = dict[str, Tensor]
 Squares = dict[str, Tensor]
@@ -39,6 +40,10 @@ def fit_sigma(
     var_p the prior's variance: the diagonal Laplace approximation (MacKay 1992; Daxberger et al. 2021,
     arXiv:2106.14806). The means stay. One pass over the data, in eval mode.
 
+    At temperature 1 this is too wide for drawn weights of a network with many of them, whose predictions get worse than
+    those of the means. Two ways out: `vnet.predict(..., linearized=True)`, of whose linear network it is the posterior,
+    and `fit_temperature` on held-out data.
+
     Args:
         vnet: changed in place. Masks of fixed weights stay.
         loader: of (inputs, targets), inputs as for `ELBO`.
@@ -46,7 +51,7 @@ def fit_sigma(
         num_data: size of the training set; the loader may have fewer data, as a sample of it.
         curvature: "fisher" takes one backward pass per datum; "ggn" one per output, and needs a network with one
             output tensor and a criterion that is convex in it.
-        temperature: multiplies all variances; below 1 the posterior is colder.
+        temperature: multiplies all variances; below 1 the posterior is colder. `fit_temperature` finds it.
         batched: which tensors have an entry for each datum in their first dimension: booleans in the structure of
             (inputs, targets), where one may stand for a whole part, such as `((True, False), True)` for
             `((x, mask), y)`. By default it is found by running the network on single data. Flattened targets have
@@ -86,8 +91,7 @@ def _curvature(
     splitter: Splitter,
 ) -> tuple[Squares, int]:
     """The sum of squares over the data, by parameter, and the number of data."""
-    # not mu itself: momentum may have moved it where a weight is pruned
-    means = {name: q.mean.detach().to(q.mu.dtype) for name, q in vnet.posteriors.items()}
+    means = means_of(vnet)
     total = {n: torch.zeros_like(mu, dtype=torch.promote_types(mu.dtype, torch.float32)) for n, mu in means.items()}
     seen, squares_of = 0, _Squares(vnet, criterion, curvature)
     for inputs, targets in loader:

@@ -10,6 +10,7 @@ from varify.errors import ArgumentError, positive_int
 from varify.network.parameters import Slot
 from varify.network.signature import call_signature, has_hooks, takes
 from varify.network.view import Views
+from varify.prediction.linearizing import Linearized
 from varify.prediction.vectorizing import Draws, Theta, autocast_acts, many
 
 # What users write for `n_samples`.
@@ -39,6 +40,7 @@ class Sampler:
         n_samples: int,
         vectorize: bool | None,
         within: Callable[[nn.Module], AbstractContextManager[None]],
+        means: Theta | None = None,
     ) -> Draws:
         """What the network returns in eval mode for each draw. What it sets is forgotten.
 
@@ -49,6 +51,8 @@ class Sampler:
             n_samples: number of draws.
             vectorize: whether to run several at once; None: where it is expected to be faster.
             within: from the network that is to run to a context for its call.
+            means: the network is taken for a linear function of its weights, that which it is like at these; None: as
+                it is.
         """
         n_samples = positive_int("n_samples", n_samples)
         for name in _OTHER_NAMES & kwargs.keys():
@@ -63,11 +67,16 @@ class Sampler:
                 return network(*args, **kwargs)
 
         def run(theta: Theta) -> Any:
-            return self._views.run(call, theta, training=False, buffers=buffers)
+            # a linear function is the same for each draw, and so are the buffers that its network starts with
+            held = buffers if means is None else {i: buffer.clone() for i, buffer in buffers.items()}
+            return self._views.run(call, theta, training=False, buffers=held)
 
+        one: Callable[[Theta], Any] = run
+        if means is not None:
+            one, signature = Linearized(run, means), ("linearized", signature)
         slow = self._slow() or signature in self._sequential or has_hooks(network) or autocast_acts()
         watch = signature not in self._vectorized
-        draws = many(run, draw, n_samples, vectorize, slow=slow, watch=watch)
+        draws = many(one, draw, n_samples, vectorize, slow=slow, watch=watch)
         if draws.agrees:
             self._vectorized.add(signature)
         if not (slow or draws.vectorized or draws.keeps) and vectorize is None and n_samples > 1:

@@ -133,31 +133,41 @@ def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., 
     return run
 
 
-class _WithoutFallback:
-    """Context in which vmap raises for operations without a batching rule, instead of warning and looping.
+class Off:
+    """Context in which settings of torch's are off.
 
-    The switch is one for the process, so it is set back when the last thread leaves.
+    They are of the process, so they are set back when the last thread leaves.
+
+    Args:
+        switches: of each setting, what tells whether it is on, and what sets it.
     """
 
-    def __init__(self) -> None:
-        self._functorch: Any = torch._C._functorch
-        self._lock, self._within, self._before = threading.Lock(), 0, True
+    def __init__(self, *switches: tuple[Callable[[], bool], Callable[[bool], Any]]) -> None:
+        self._switches = switches
+        self._lock, self._within = threading.Lock(), 0
+        self._before: list[bool] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._within:
-                self._before = self._functorch._is_vmap_fallback_enabled()
-                self._functorch._set_vmap_fallback_enabled(False)
+                self._before = [is_on() for is_on, _ in self._switches]
+                self._set([False] * len(self._switches))
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
             if not self._within:
-                self._functorch._set_vmap_fallback_enabled(self._before)
+                self._set(self._before)
+
+    def _set(self, values: list[bool]) -> None:
+        for (_, put), value in zip(self._switches, values, strict=True):
+            put(value)
 
 
-_WITHOUT_FALLBACK = _WithoutFallback()
+_FUNCTORCH: Any = torch._C._functorch
+# vmap's own loop, with its warning
+_WITHOUT_FALLBACK = Off((_FUNCTORCH._is_vmap_fallback_enabled, _FUNCTORCH._set_vmap_fallback_enabled))
 
 
 class _Watching(TorchFunctionMode):

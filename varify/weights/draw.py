@@ -88,11 +88,12 @@ class Drawing:
         if self.noise is None or torch.compiler.is_compiling():
             return nullcontext()
         self._seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
-        return _seeded(self._seed, devices)
+        return seeded(self._seed, devices)
 
 
 @contextmanager
-def _seeded(seed: int, devices: list[int]) -> Iterator[None]:
+def seeded(seed: int, devices: list[int]) -> Iterator[None]:
+    """Within, torch's random numbers are those of `seed`, on the CPU and these CUDA devices; afterwards, as before."""
     with torch.random.fork_rng(devices):
         # not torch.manual_seed, which seeds the generators of all devices, also of those that are not forked
         for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):

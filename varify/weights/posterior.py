@@ -130,5 +130,13 @@ class GaussianPosterior:
         free = self.fixed == 0
         return GaussianPosterior(self.mu[free], self.rho[free], self.prior.at(free))
 
+    @torch.no_grad()
+    def tempered(self, t: float) -> "GaussianPosterior":
+        """The posterior with t > 0 times the variance; weights that are fixed keep their rho. Without gradient."""
+        sigma, log_rest = self.floored_sigma()  # where sigma underflows, rho is its logarithm
+        rho = softplus_inverse(sigma * math.sqrt(t)) + log_rest
+        rho = rho if self.fixed is None else torch.where(self.fixed == 0, rho, self.rho)
+        return GaussianPosterior(self.mu, rho, self.prior, self.fixed)
+
     def __repr__(self) -> str:
         return f"GaussianPosterior(shape={tuple(self.mu.shape)}, prior={self.prior!r})"
