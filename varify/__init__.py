@@ -1,6 +1,6 @@
 """varify: any torch network, made variational in one line."""
 
-from varify import estimators, inits, priors, testing
+from varify import estimators, inits, optim, priors, testing
 from varify.analysis.description_length import DescriptionLength, description_length
 from varify.analysis.diagnose import diagnose
 from varify.analysis.findings import Diagnosis, Finding
@@ -68,6 +68,7 @@ __all__ = [
     "inits",
     "kl_weight",
     "load",
+    "optim",
     "parameter_groups",
     "prior_loss",
     "priors",

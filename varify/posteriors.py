@@ -210,7 +210,7 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         """KL(q‖p) by parameter name, each a scalar `()`, nats, differentiable."""
         posteriors = self.now()
         with drawing.same_numbers(cuda_devices(posteriors)):
-            return {name: q.kl_divergence() for name, q in posteriors.items()}
+            return {name: drawing.counted(q.kl_divergence()) for name, q in posteriors.items()}
 
     # --- priors, masks, settings
 

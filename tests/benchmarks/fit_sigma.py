@@ -64,7 +64,7 @@ def main() -> None:
         network = plain_checkpoint(images, seed)
         with torch.no_grad():
             report(seed, "plain", network(x).double().softmax(1), y)
-        fitted = varify.variationalize(network)
+        fitted = varify.variationalize(network, prior="gaussian")
         training = [(images.train, images.train_labels)]
         varify.fit_sigma(fitted, training, F.cross_entropy, num_data=300, curvature=options.curvature)
         for rule, linearized in ((None, False), ("nll", False), ("tfb", False), (None, True), ("nll", True)):

@@ -27,7 +27,7 @@ BATCH = 128
 
 def trained(model: str, x: Tensor, y: Tensor) -> varify.VariationalModule:
     torch.manual_seed(0)
-    vnet = varify.variationalize(MODELS[model]())
+    vnet = varify.variationalize(MODELS[model](), prior="gaussian", init="relative")
     optimizer = torch.optim.Adam(varify.parameter_groups(vnet, lr=3e-3, rho_lr=3e-2))
     elbo = varify.ELBO(num_data=len(x), beta=0.01)
     for _ in range(10):
@@ -71,7 +71,7 @@ def main() -> None:
         state = trained(model, x, y).state_dict()
         found, seconds = {}, {}
         for estimator in ESTIMATORS:
-            vnet = varify.variationalize(MODELS[model](), estimator=estimator)
+            vnet = varify.variationalize(MODELS[model](), prior="gaussian", init="relative", estimator=estimator)
             vnet.load_state_dict({**state, "_extra_state": vnet.get_extra_state()})
             torch.manual_seed(1)
             loss = functools.partial(_loss, vnet, x[:BATCH], y[:BATCH])

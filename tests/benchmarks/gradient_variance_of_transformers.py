@@ -59,7 +59,7 @@ def found(name: str, estimator: str, repeats: int) -> tuple[dict[str, float], fl
     kind, options, call = NETWORKS[name]
     torch.manual_seed(0)
     network = getattr(transformers, kind)(getattr(transformers, kind).config_class(**options))
-    vnet = varify.variationalize(network, estimator=estimator).train()
+    vnet = varify.variationalize(network, prior="gaussian", init="relative", estimator=estimator).train()
     loss: Callable[[], Tensor] = lambda: vnet(**call).loss  # noqa: E731
     loss()  # the first call draws the weights
     torch.manual_seed(1)

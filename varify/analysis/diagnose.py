@@ -16,7 +16,7 @@ from varify.analysis.symptoms import CHECKS
 from varify.errors import ArgumentError, ModelError, positive_int
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded
-from varify.objective.elbo import Criterion
+from varify.objective.elbo import Criterion, kl_weight
 from varify.posteriors import cuda_devices
 from varify.within import variational_parts
 
@@ -30,7 +30,7 @@ def diagnose(
     *,
     batch: tuple[Any, Any] | None = None,
     num_data: int | None = None,
-    beta: float = 1.0,
+    beta: float | str = "auto",
     n_draws: int = 16,
 ) -> Diagnosis:
     """What is wrong with a network during or after training, and what to change. What isn't given isn't checked.
@@ -44,7 +44,7 @@ def diagnose(
         criterion: that the network is trained with, `(output, targets)` to a mean over the batch.
         batch: (inputs, targets), instead of a loader.
         num_data: that the KL is divided by, as in `ELBO`.
-        beta: weight of the KL.
+        beta: weight of the KL: a number, such as `elbo.beta`, or "auto" as in `ELBO`.
         n_draws: forwards and backwards on the batch, each with its own draw of the weights; at least 2.
 
     Raises:
@@ -57,8 +57,10 @@ def diagnose(
     if positive_int("n_draws", n_draws) < 2:
         raise ArgumentError(f"n_draws must be at least 2, for a variance, got {n_draws}")
     num_data = None if num_data is None else positive_int("num_data", num_data)
+    if beta == "auto":
+        beta = 1.0 if num_data is None else kl_weight(network, num_data)
     if isinstance(beta, bool) or not isinstance(beta, (Real, Tensor)) or not 0 <= float(beta) < math.inf:
-        raise ArgumentError(f"beta must be a number of at least 0, such as elbo.beta, got {beta!r}")
+        raise ArgumentError(f"beta must be 'auto' or a number of at least 0, such as elbo.beta, got {beta!r}")
     if criterion is not None and not callable(criterion):
         raise ArgumentError(f"criterion must be a function of (output, targets), got {criterion!r}")
     with _random_numbers_kept(network, loader):

@@ -26,8 +26,8 @@ class Settings:
 
     Attributes:
         prior: name, or `name:key=value,key=value`.
-        beta: weight of the KL. 1 is the evidence lower bound; with 61,000 weights and 1,348 digits its best
-            posterior is the prior itself, so the default is tempered.
+        beta: weight of the KL. 1 is the evidence lower bound; with 61,000 weights and 1,348 digits the default is
+            tempered.
         rho_lr: learning rate of the rho's. They have a long way to go from where they start.
     """
 

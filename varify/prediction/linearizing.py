@@ -104,7 +104,7 @@ def _reverse_plainly(parts: Parts, means: Theta, tangents: Theta) -> tuple[Tenso
     with PLAIN_KERNELS:
         values, others = parts(leaves)
         if not values:
-            raise TypeError("nothing to differentiate")
+            raise RuntimeError("nothing to differentiate")
         steps = [_step(value, leaves, tangents) if value.requires_grad else torch.zeros_like(value) for value in values]
     return [value.detach() + step for value, step in zip(values, steps, strict=True)], [x.detach() for x in others]
 

@@ -43,10 +43,13 @@ class Drawing:
 
     Attributes:
         noise: eps by parameter name, which all draws use; what is missing is drawn and put in. None: fresh noise.
+        kl_gradients: how many gradients went back through a divergence, for an optimizer that wants none, which sets
+            it to 0. None: nobody counts.
     """
 
     def __init__(self) -> None:
         self.noise: dict[str, Tensor] | None = None
+        self.kl_gradients: int | None = None
         self._seed: int | None = None
         self._always: list[bool] = []
 
@@ -82,6 +85,15 @@ class Drawing:
             yield
         finally:
             self.noise, self._seed = before
+
+    def counted(self, kl: Tensor) -> Tensor:
+        """A divergence, scalar `()`, whose gradients count if somebody asked for that."""
+        if self.kl_gradients is not None and kl.requires_grad and not torch.compiler.is_compiling():
+            kl.register_hook(self._count)
+        return kl
+
+    def _count(self, grad: Tensor) -> None:
+        self.kl_gradients = (self.kl_gradients or 0) + 1
 
     def same_numbers(self, devices: list[int]) -> Any:
         """Within, random numbers are the same every time, if noise is fixed: of the CPU and these CUDA devices."""
