@@ -72,7 +72,7 @@ def test_nothing_chosen() -> None:
     network.requires_grad_(False)
     with pytest.raises(varify.SelectionError, match=r"say where=\.\.\. to choose from 0.weight \(frozen\)"):
         varify.variationalize(network)
-    with pytest.raises(varify.SelectionError, match=r"where='conv\*' matches no parameter; there are 0.weight"):
+    with pytest.raises(varify.SelectionError, match=r"the glob 'conv\*' matches no parameter; there are 0.weight"):
         varify.variationalize(nn.Sequential(nn.Linear(2, 2)), prior={"conv*": "gaussian"})
 
 

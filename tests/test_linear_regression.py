@@ -118,7 +118,7 @@ def test_the_objective_finds_the_posterior(n_samples: int) -> None:
     x, y = problem()
     vnet = varify.variationalize(network(), prior=priors.Gaussian(std=1.0))
     likelihood = varify.GaussianLikelihood(sigma=NOISE, learn=False)
-    elbo = varify.ELBO(num_data=16, n_samples=n_samples)
+    elbo = varify.ELBO(num_data=16, n_samples=n_samples, beta=1.0)
 
     found = train(vnet, loss=lambda: 16 * elbo(vnet, likelihood, x, y).loss)
     assert_close(found, by_linear_algebra(torch.zeros(3), torch.ones(3)))

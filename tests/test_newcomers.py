@@ -171,7 +171,7 @@ def test_a_parameter_that_was_deleted_is_named() -> None:
     vnet = vnet_of()
     vnet.prior_loss()
     del vnet.module[0].weight
-    with pytest.raises(varify.StructureError, match="the parameter 'weight' was deleted"):
+    with pytest.raises(varify.StructureError, match=r"the parameter 'weight' of vnet\.module was deleted"):
         vnet.prior_loss()
 
 

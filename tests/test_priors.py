@@ -284,7 +284,7 @@ def test_every_prior_travels_in_the_state_dict(prior: priors.Prior) -> None:
 
 
 def test_a_name_can_not_be_taken_from_a_built_in_prior() -> None:
-    with pytest.raises(varify.PriorError, match="the name 'gaussian' is taken by Gaussian"):
+    with pytest.raises(varify.PriorError, match=r"the name 'gaussian' is taken by varify\.priors\.gaussian\.Gaussian"):
 
         @varify.priors.register("gaussian")
         class Other(varify.priors.Prior):

@@ -81,6 +81,21 @@ def positive_int(name: str, value: Any, error: type[VarifyError] = ArgumentError
     return number
 
 
+def nonnegative_int(name: str, value: Any) -> int:
+    """`value` as an int, if it is an integer of any library's and at least 0.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ArgumentError(f"{name} must be an integer of at least 0, got {value!r}")
+    return number
+
+
 def positive_number(name: str, value: object, error: type[VarifyError] = ArgumentError) -> float:
     """`value` as a float, if it is a finite number greater than 0.
 

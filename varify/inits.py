@@ -64,11 +64,18 @@ def register(name: str) -> Callable[[InitType], InitType]:
     Raises:
         InitError: the name is that of another class.
     """
+    if not isinstance(name, str):
+        raise InitError(f"register takes the name, as in @varify.inits.register('wide'), got {name!r}")
 
     def decorate(init_type: InitType) -> InitType:
+        if not (isinstance(init_type, type) and issubclass(init_type, Init)):
+            raise InitError(f"an initialization must be a subclass of varify.inits.Init, got {init_type!r}")
         former = _BY_NAME.get(name)
-        if former is not None and former.__qualname__ != init_type.__qualname__:
-            raise InitError(f"the name {name!r} is taken by {former.__qualname__}; choose another")
+        if former is not None and (former.__module__, former.__qualname__) != (
+            init_type.__module__,
+            init_type.__qualname__,
+        ):
+            raise InitError(f"the name {name!r} is taken by {former.__module__}.{former.__qualname__}; choose another")
         _BY_NAME[name] = init_type
         return init_type
 
@@ -193,7 +200,13 @@ def started(init: Init, slot: Slot, prior: Prior) -> tuple[Tensor, Tensor]:
             f"{slot.name}: weight_std of {prior!r} must be None, or positive, finite and broadcastable to "
             f"{tuple(w.shape)}"
         )
-    mu, rho = init(w, std.expand_as(w))
+    pair = init(w, std.expand_as(w))
+    if not isinstance(pair, tuple) or [getattr(t, "shape", None) for t in pair] != [w.shape, w.shape]:
+        shapes = [tuple(getattr(t, "shape", ())) for t in pair] if isinstance(pair, tuple) else type(pair).__name__
+        raise InitError(
+            f"{slot.name}: {type(init).__name__} must return mu and rho, each of shape {tuple(w.shape)}, got {shapes}"
+        )
+    mu, rho = pair
     rho = rho.contiguous()
     others = {t.untyped_storage().data_ptr() for t in (w, std, mu)}
     return mu, rho.clone() if rho.untyped_storage().data_ptr() in others else rho

@@ -137,7 +137,7 @@ class VariationalModule(nn.Module):
 
         The weights are mu + sigma·eps with the mu and sigma of the moment: what a line search or LBFGS needs. An
         estimated divergence is taken at the same draws every time, too; dropout has a noise of its own, and so has the
-        importance-weighted bound. All of `predict`'s draws are this one.
+        importance-weighted bound, and an estimated divergence under torch.compile. `predict`'s draws are this one.
 
         Args:
             noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
@@ -231,7 +231,10 @@ class VariationalModule(nn.Module):
 
     def set_extra_state(self, extra: object) -> None:
         """Take the priors of a checkpoint, all or none. Names that are not here are left to torch's report of keys."""
+        before = dict(self._settings.estimators)
         state.restore(self.posteriors, extra)
+        if self._settings.estimators != before:
+            self._engine = None  # whose plans are of those
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch, but all or nothing: where torch would refuse halfway, nothing has changed yet."""

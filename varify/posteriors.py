@@ -63,6 +63,9 @@ class Trees(NamedTuple):
         return trees
 
 
+_CHANGED = "of vnet.module was deleted, or has another shape, after the conversion"
+
+
 class _Tables(NamedTuple):
     """Where the parts of one posterior are, to be looked up without walking a path of names."""
 
@@ -74,10 +77,10 @@ class _Tables(NamedTuple):
     masks: Mapping[str, Any]
 
     def pair(self) -> GaussianPosterior:
-        mask = self.masks.get(self.leaf)
-        return GaussianPosterior(
-            whole(self.means[self.attr]), whole(self.rhos[self.leaf]), self.priors[self.leaf], mask
-        )
+        mu, rho = self.means[self.attr], self.rhos[self.leaf]
+        if mu is None or mu.shape != rho.shape:
+            raise StructureError(f"the parameter {self.attr!r} {_CHANGED}")
+        return GaussianPosterior(whole(mu), whole(rho), self.priors[self.leaf], self.masks.get(self.leaf))
 
     def holds(self, q: GaussianPosterior) -> bool:
         leaf = self.leaf
@@ -157,16 +160,18 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         """The posteriors by first name: those of before, where no tensor and no prior was replaced.
 
         Raises:
-            StructureError: a parameter was deleted from its module.
+            StructureError: a parameter was deleted, has another shape, or was tied to another one.
         """
         pairs = self._pairs
         try:
             if pairs is None or not all(t.holds(q) for t, q in zip(self._tables, pairs.values(), strict=True)):
                 # in two steps, since other threads read it
                 pairs = {name: tables.pair() for name, tables in zip(self.slots, self._tables, strict=True)}
+                if len({id(q.mu) for q in pairs.values()}) < len(pairs):
+                    raise StructureError("parameters of vnet.module were tied after the conversion; tie them before it")
                 self._pairs = pairs
         except KeyError as error:
-            raise StructureError(f"the parameter {error} was deleted from vnet.module after the conversion") from None
+            raise StructureError(f"the parameter {error} {_CHANGED}") from None
         return pairs
 
     # --- a mapping

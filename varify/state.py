@@ -106,6 +106,8 @@ def zero_pruned(state_dict: dict[str, Any], prefix: str, posteriors: Posteriors)
     """Make pruned weights 0 in a state dict, wherever an optimizer's momentum has moved the parameters."""
     for name, q in posteriors.masked().items():
         key = f"{prefix}module.{name}"
+        if isinstance(state_dict[key], nn.Parameter):  # by keep_vars=True, which asks for the parameters themselves
+            continue
         state_dict[key] = state_dict[key].masked_fill(torch.as_tensor(q.fixed == PRUNED), 0.0)
 
 

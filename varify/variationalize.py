@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from varify.errors import nonnegative_int
 from varify.estimators.rules import EstimatorLike, check_estimator
 from varify.inits import InitLike, as_init, started
 from varify.module import VariationalModule
@@ -57,6 +58,7 @@ def variationalize(
         PriorError, InitError, EstimatorError: one of these can't be used.
     """
     check_model(model)
+    batch_dim = nonnegative_int("batch_dim", batch_dim)
     chosen, skipped = choose(model, where)
     default: Prior = Gaussian(std=1.0)
     chosen_priors = by_glob(default if prior is None else prior, default, chosen, as_prior)

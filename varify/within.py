@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.errors import ArgumentError, listed
+from varify.errors import ArgumentError, ModelError, listed
 from varify.network.copies import copy_network
 from varify.network.parameters import first_slots, is_variational
 from varify.network.sharding import gathered, refuse_sharded
@@ -17,6 +17,19 @@ from varify.prediction.vectorizing import Draws
 def variational_parts(network: nn.Module) -> list[Any]:
     """Each `VariationalModule` within `network`, itself too."""
     return [part for part in network.modules() if is_variational(part)]
+
+
+def check_variational(vnet: object, what: str) -> None:
+    """Refuse what is no variational module.
+
+    Raises:
+        ModelError: `vnet` is none; `what` needs one.
+    """
+    if not isinstance(vnet, nn.Module) or not is_variational(vnet):
+        raise ModelError(
+            f"{what} needs a variational module, got a {type(vnet).__name__}: "
+            "vnet = varify.variationalize(network) makes one"
+        )
 
 
 def prior_loss(network: nn.Module) -> Tensor:
@@ -84,10 +97,13 @@ def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: st
         slots[name].parameter.copy_(weight)
     if is_variational(new):
         return ordinary(new, weights, what)
-    for module in list(new.modules()):
-        for name, child in module._modules.items():
-            if child is not None and is_variational(child):
-                module._modules[name] = ordinary(child, weights, what)
+    nested = [(module, name, child) for module in new.modules() for name, child in module._modules.items()]
+    made: dict[int, nn.Module] = {}  # one that is shared stays so
+    for module, name, child in nested:
+        if child is not None and is_variational(child):
+            if id(child) not in made:
+                made[id(child)] = ordinary(child, weights, what)
+            module._modules[name] = made[id(child)]
     return new
 
 

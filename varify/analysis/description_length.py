@@ -15,7 +15,7 @@ from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
 from varify.objective.arguments import unpack
 from varify.objective.elbo import Criterion, scalar
-from varify.within import outputs_of_draws
+from varify.within import check_variational, outputs_of_draws
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def description_length(
     Raises:
         ArgumentError: an empty loader, n_samples < 1, a criterion without a scalar, an unknown number of data.
     """
+    check_variational(vnet, "varify.description_length")
     n_samples = positive_int("n_samples", n_samples)
     nats, num_data = 0.0, 0
     splitter = Splitter(vnet, loader, criterion, batched)

@@ -30,7 +30,7 @@ def diagnose(
     *,
     batch: tuple[Any, Any] | None = None,
     num_data: int | None = None,
-    beta: float | str = "auto",
+    beta: float | str | None = "auto",
     n_draws: int = 16,
 ) -> Diagnosis:
     """What is wrong with a network during or after training, and what to change. What isn't given isn't checked.
@@ -57,7 +57,7 @@ def diagnose(
     if positive_int("n_draws", n_draws) < 2:
         raise ArgumentError(f"n_draws must be at least 2, for a variance, got {n_draws}")
     num_data = None if num_data is None else positive_int("num_data", num_data)
-    if beta == "auto":
+    if beta is None or beta == "auto":  # None: of an ELBO that was not called yet
         beta = 1.0 if num_data is None else kl_weight(network, num_data)
     if isinstance(beta, bool) or not isinstance(beta, (Real, Tensor)) or not 0 <= float(beta) < math.inf:
         raise ArgumentError(f"beta must be 'auto' or a number of at least 0, such as elbo.beta, got {beta!r}")

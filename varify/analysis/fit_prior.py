@@ -7,8 +7,9 @@ import torch
 from varify.errors import PriorError
 from varify.module import VariationalModule
 from varify.network.selection import matching
-from varify.priors import Gaussian
+from varify.priors import Gaussian, Prior
 from varify.weights.posterior import GaussianPosterior
+from varify.within import check_variational
 
 
 @torch.no_grad()
@@ -28,8 +29,9 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         SelectionError: `where` matches nothing.
         PriorError: no matching parameter has a Gaussian prior.
     """
+    check_variational(vnet, "varify.fit_prior")
     posteriors = dict(vnet.posteriors)
-    matched = [name for name in matching(posteriors, where) if isinstance(posteriors[name].prior, Gaussian)]
+    matched = [name for name in matching(posteriors, where) if _is_gaussian(posteriors[name].prior)]
     if not matched:
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
     fitted, new = {}, {}
@@ -45,10 +47,16 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     return fitted
 
 
+def _is_gaussian(prior: Prior) -> bool:
+    """Whether it is the Gaussian prior; a subclass may have another density."""
+    return isinstance(prior, Gaussian) and type(prior).log_prob is Gaussian.log_prob
+
+
 def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:
     """The Gaussian prior of `q` with another std."""
     assert isinstance(q.prior, Gaussian)
     try:
-        return Gaussian(q.prior.mean, std).for_parameter(q.mu.detach(), 1)  # the fan-in is used only if there is no std
+        # of the same class; the fan-in is used only if there is no std
+        return q.prior._with(q.prior.mean, std).for_parameter(q.mu.detach(), 1)
     except PriorError as error:
         raise PriorError(f"{name}: {error}") from None

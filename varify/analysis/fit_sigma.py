@@ -14,7 +14,7 @@ from varify.module import VariationalModule
 from varify.objective.elbo import Criterion, scalar
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
-from varify.within import means_of
+from varify.within import check_variational, means_of
 
 Weights = dict[str, Tensor]
 Squares = dict[str, Tensor]
@@ -62,6 +62,7 @@ def fit_sigma(
             tensors of which it is ambiguous whether they have an entry for each datum.
         PriorError: a prior has no variance.
     """
+    check_variational(vnet, "varify.fit_sigma")
     num_data = positive_int("num_data", num_data)
     temperature = positive_number("temperature", temperature)
     one_of("curvature", curvature, CURVATURES)

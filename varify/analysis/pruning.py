@@ -15,6 +15,7 @@ from varify.module import VariationalModule
 from varify.network.selection import matching
 from varify.network.sharding import refuse_sharded
 from varify.weights.posterior import PRUNED, GaussianPosterior
+from varify.within import check_variational
 
 
 @torch.no_grad()
@@ -52,6 +53,7 @@ def prune(
         raise ArgumentError(f"fraction must lie within [0, 1], got {fraction}")
     if threshold is not None and not threshold >= 0:
         raise ArgumentError(f"threshold must be at least 0, got {threshold}")
+    check_variational(vnet, "varify.prune")
     refuse_sharded(vnet, "varify.prune")
     posteriors = dict(vnet.posteriors)
     among = {name: posteriors[name] for name in matching(posteriors, where)}

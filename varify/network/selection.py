@@ -37,12 +37,12 @@ def by_glob(setting: object, default: T, names: Iterable[str], known: Callable[[
         return dict.fromkeys(names, known(setting))
     chosen = dict.fromkeys(names, default)
     for glob, value in setting.items():
-        matched = matching(names, glob)
+        matched = matching(names, glob, "the glob ")
         chosen.update(dict.fromkeys(matched, known(value)))
     return chosen
 
 
-def matching(names: Iterable[str], where: str | Sequence[str]) -> list[str]:
+def matching(names: Iterable[str], where: str | Sequence[str], argument: str = "where=") -> list[str]:
     """The names that `where` matches.
 
     Raises:
@@ -52,11 +52,11 @@ def matching(names: Iterable[str], where: str | Sequence[str]) -> list[str]:
     for glob in [where] if isinstance(where, str) else where:
         if not any(matches(name, glob) for name in names):
             raise SelectionError(
-                f"where={glob!r} matches no parameter; there are {listed(names)}{_layer_hint(glob, names)}"
+                f"{argument}{glob!r} matches no parameter; there are {listed(names)}{_layer_hint(glob, names)}"
             )
     matched = [name for name in names if matches(name, where)]
     if not matched:
-        raise SelectionError(f"where={where!r} matches no parameter; there are {listed(names)}")
+        raise SelectionError(f"{argument}{where!r} matches no parameter; there are {listed(names)}")
     return matched
 
 

@@ -40,8 +40,9 @@ class ELBO:
     Args:
         num_data: size of the training set, not of a batch: the KL belongs to all the data together.
         n_samples: forwards a step, each with its own draw; the nll is their mean.
-        beta: weight of the KL: "auto", see `kl_weight`; a number, 1 for the evidence lower bound itself; or a function
-            of the step such as those in `varify.schedules`. The terms are reported as they are, whatever the weight.
+        beta: weight of the KL: "auto", see `kl_weight` (of the importance-weighted bound, 1); a number, 1 for the
+            evidence lower bound itself; or a function of the step such as those in `varify.schedules`. The terms are
+            reported as they are, whatever the weight.
         bound: "elbo", or "importance_weighted", the bound of Burda, Grosse & Salakhutdinov (2016, arXiv:1509.00519)
             over the weights, $-\log \frac1S \sum_s e^{-N nll_s} (p(w_s)/q(w_s))^\beta$ divided by N = num_data. It is
             tighter than the ELBO with more samples, needs drawn weights (estimator "weights"), and is a bound when
@@ -122,7 +123,6 @@ class ELBO:
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
             )
         self._warn_of_eval_mode(vnet)
-        beta = self.beta
         beta = self._weight(vnet)
         if self.bound == "elbo":
             nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
@@ -178,13 +178,23 @@ def kl_weight(network: nn.Module, num_data: int) -> float:
     With ten data for each weight the loss is the evidence lower bound. A network with fewer goes to its prior under
     the whole of it, the more so the wider it is: of a mean-field posterior the KL grows with every weight, and what the
     data say does not (Coker et al. 2022, arXiv:2106.07052). Below ten the KL counts in proportion, which is a colder
-    posterior and no bound. The factor was found by measurement; see `tests/benchmarks/defaults.py`.
+    posterior and no bound. Weights with a mask (padding, pruned) count as well. The factor was found by measurement:
+    `tests/benchmarks/defaults.py`.
 
     Args:
         network: a variational module, or any module with variational parts.
         num_data: size of the training set.
+
+    Raises:
+        ModelError: nothing in `network` is variational.
     """
-    weights: int = sum(rho.numel() for part in variational_parts(network) for rho in part.rho.parameters())
+    parts = variational_parts(network)
+    if not parts:
+        raise ModelError(
+            f"the {type(network).__name__} has no variational parts, so there is no KL: "
+            "vnet = varify.variationalize(network) makes one"
+        )
+    weights: int = sum(rho.numel() for part in parts for rho in part.rho.parameters())
     return min(1.0, positive_int("num_data", num_data) / (10 * max(weights, 1)))
 
 

@@ -23,7 +23,7 @@ def moments(prior: Prior) -> Moments:
     Raises:
         PriorError: it is another one.
     """
-    if isinstance(prior, Gaussian) and prior.std is not None:
+    if isinstance(prior, Gaussian) and type(prior).log_prob is Gaussian.log_prob and prior.std is not None:
         return Moments(prior.mean, prior.std)
     if isinstance(prior, Factorized):
         p = prior.distribution

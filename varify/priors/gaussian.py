@@ -1,5 +1,6 @@
 """The Gaussian prior, and its exact KL."""
 
+import copy
 import math
 
 from torch import Tensor
@@ -55,8 +56,18 @@ class Gaussian(Prior):
         std = self.std
         if std is None:
             std = self.bias_std if self.bias_std is not None and w.dim() < 2 else 1 / math.sqrt(max(fan_in, 1))
-        settled = Gaussian(w.detach() if self.centered else self.mean, std)
+        settled = self._with(w.detach() if self.centered else self.mean, std)
         return super(Gaussian, settled).for_parameter(w, fan_in)  # type: ignore[return-value]
+
+    def _with(self, mean: Tensor | float, std: Tensor | float) -> "Gaussian":
+        """One of this class, with what else a subclass has, and these for mean and std."""
+        new = copy.deepcopy(self)
+        for name in ("mean", "std"):
+            delattr(new, name)
+        new.keep(mean=mean)
+        new.keep_positive(std=std)
+        new.bias_std, new.centered = None, False
+        return new
 
     def log_prob(self, w: Tensor) -> Tensor:  # noqa: D102
         return normal_log_density((w - self.mean) / self._known_std(), self._known_std()).sum()

@@ -32,11 +32,15 @@ def register(name: str) -> Callable[[P], P]:
     Raises:
         PriorError: the name is that of another class.
     """
+    if not isinstance(name, str):
+        raise PriorError(f"register takes the prior's name, as in @varify.priors.register('cauchy'), got {name!r}")
 
     def decorate(prior_type: P) -> P:
+        if not (isinstance(prior_type, type) and issubclass(prior_type, Prior)):
+            raise PriorError(f"a prior must be a subclass of varify.priors.Prior, got {prior_type!r}")
         former = _BY_NAME.get(name)
-        if former is not None and former.__qualname__ != prior_type.__qualname__:
-            raise PriorError(f"the name {name!r} is taken by {former.__qualname__}; choose another")
+        if former is not None and not _same(former, prior_type):
+            raise PriorError(f"the name {name!r} is taken by {former.__module__}.{former.__qualname__}; choose another")
         prior_type.kind = name
         _BY_NAME[name] = prior_type
         return prior_type
@@ -54,6 +58,8 @@ def as_prior(prior: PriorLike, **hyperparameters: Any) -> Prior:
         wrap: Callable[..., Prior] = _BY_NAME["distribution"]
         return wrap(prior, **hyperparameters)
     if isinstance(prior, Prior):
+        if "_buffers" not in vars(prior):
+            raise PriorError(f"{type(prior).__name__}.__init__ must call super().__init__() first")
         if hyperparameters:
             raise PriorError(f"{prior!r} has its hyper-parameters already; {listed(hyperparameters)} can't be added")
         return prior
@@ -85,7 +91,7 @@ def names() -> list[str]:
 def kind_of(prior_type: type[Prior]) -> str:
     """What a checkpoint calls a prior: its name, or module and class of one that is not registered."""
     registered = _BY_NAME.get(prior_type.kind)
-    if registered is not None and registered.__qualname__ == prior_type.__qualname__:
+    if registered is not None and _same(registered, prior_type):
         return prior_type.kind
     return f"{prior_type.__module__}:{prior_type.__qualname__}"
 
@@ -102,6 +108,11 @@ def known_kinds() -> list[str]:
     """All that `of_kind` finds."""
     others = [kind_of(t) for t in _subclasses(Prior) if not t.__module__.startswith("varify.")]
     return list(dict.fromkeys([*names(), *others]))
+
+
+def _same(one: type, other: type) -> bool:
+    """Whether two classes are one, or one that was defined again, as in a notebook."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def _subclasses(base: type[Prior]) -> Iterator[type[Prior]]:

@@ -46,7 +46,8 @@ def kl_divergence(q: Posterior, p: Prior) -> Tensor:
     """
     for posterior_type in type(q).__mro__:
         for prior_type in type(p).__mro__:
-            if (posterior_type, prior_type) in _RULES:
+            # a subclass with a density of its own has no exact KL, unless it brings a rule
+            if (posterior_type, prior_type) in _RULES and type(p).log_prob is getattr(prior_type, "log_prob", None):
                 return _scalar(_RULES[posterior_type, prior_type](q, p), p)
     return estimated_kl(q, p)
 
