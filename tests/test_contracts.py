@@ -367,17 +367,17 @@ class PickingOthers(Broken):
 
 
 class OfVariance(Broken):
-    def weight_std(self) -> Any:
+    def stddev(self) -> Any:
         return 2 * self.scale**2
 
 
 class OfAWrongShape(Broken):
-    def weight_std(self) -> Any:
+    def stddev(self) -> Any:
         return torch.ones(7)
 
 
 class OfNoDeviation(Broken):
-    def weight_std(self) -> Any:
+    def stddev(self) -> Any:
         return float("nan")
 
 

@@ -99,7 +99,7 @@ def test_weights_that_are_no_numbers(name: str) -> None:
     getattr(vnet.posteriors["0.weight"], name).data[0, 0] = float("nan")
     found = diagnosed(vnet)
     assert found.names == ["not-finite"]
-    assert found[0].told.startswith("0.weight have a mu or rho")
+    assert found[0].message.startswith("0.weight have a mu or rho")
     assert set(found.unchecked) >= {"kl-dominates", "gradient-noise", "equal-draws"}  # which nothing can be said of
 
 
@@ -116,7 +116,7 @@ def test_weights_at_the_prior() -> None:
 
 def test_the_prior_of_other_families_is_not_covered() -> None:
     vnet = made(prior={"0.*": ScaleMixture(1.0, 0.1, 0.5)})
-    assert "not covered, for want of a Gaussian prior: 0.weight, 0.bias" in named(diagnosed(vnet), "at-prior").told
+    assert "not covered, for want of a Gaussian prior: 0.weight, 0.bias" in named(diagnosed(vnet), "at-prior").message
     vnet.set_prior(ScaleMixture(1.0, 0.1, 0.5))
     assert diagnosed(vnet).unchecked["at-prior"].startswith("the KL of a single weight is known for Gaussian priors")
 
@@ -175,14 +175,14 @@ def test_a_negative_log_likelihood_below_zero_is_no_share_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_data", "told"),
+    ("num_data", "message"),
     [(16, "num_data=16, the size of the batch, but there are 1000"), (500, "num_data=500, but there are 1000")],
 )
-def test_a_divergence_divided_by_less_than_the_data(num_data: int, told: str) -> None:
+def test_a_divergence_divided_by_less_than_the_data(num_data: int, message: str) -> None:
     for loader in (classes(), list(classes())):
         found = diagnosed(made(), loader, num_data=num_data, beta=0.01)
         assert found.names == ["num-data"]
-        assert found[0].told.startswith(told)
+        assert found[0].message.startswith(message)
         assert found[0].severity == "error"
 
 
@@ -301,7 +301,7 @@ def test_batch_normalization_of_tiny_batches() -> None:
     found = diagnosed(vnet, classes(batch=4))
     assert found.names == ["tiny-batch-norm"]
     assert found[0].figures == {"batch": 4}
-    assert "1 normalize" in found[0].told
+    assert "1 normalize" in found[0].message
     assert not diagnosed(vnet, classes(batch=16))
     vnet.module[1].eval()
     assert not diagnosed(vnet, classes(batch=4))
@@ -426,7 +426,7 @@ def test_bad_input() -> None:
         varify.diagnose(nn.Linear(2, 2))
     with pytest.raises(varify.ModelError, match=r"vnet must be a network with variational parts, got str"):
         varify.diagnose("net")
-    for options, told in (
+    for options, message in (
         ({"loader": []}, r"loader must give a batch of \(inputs, targets\), got an empty one"),
         ({"loader": [batch], "batch": batch}, "loader and batch exclude each other"),
         ({"batch": torch.ones(3, 4)}, r"a batch must be \(inputs, targets\), got a Tensor"),
@@ -439,7 +439,7 @@ def test_bad_input() -> None:
         ({"beta": -1}, "beta must be 'auto' or a number of at least 0, .*, got -1"),
         ({"criterion": 3}, r"criterion must be a function of \(output, targets\), got 3"),
     ):
-        with pytest.raises(varify.ArgumentError, match=told):
+        with pytest.raises(varify.ArgumentError, match=message):
             varify.diagnose(vnet, **options)
     per_datum = lambda output, target: F.cross_entropy(output, target, reduction="none")  # noqa: E731
     with pytest.raises(varify.ArgumentError, match=r"the criterion must return a scalar, .*, got a tensor of shape"):

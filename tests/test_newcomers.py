@@ -178,13 +178,13 @@ def test_a_parameter_that_was_deleted_is_named() -> None:
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf"), torch.ones(7)])
 def test_a_weight_std_that_is_none_is_refused(std: Any) -> None:
     class Odd(varify.priors.Gaussian):
-        def weight_std(self) -> Any:
+        def stddev(self) -> Any:
             return std
 
         def for_parameter(self, w: Tensor, fan_in: int) -> "Odd":
             return self
 
-    with pytest.raises(varify.PriorError, match=r"0\.weight: weight_std of .* must be None, or positive, finite"):
+    with pytest.raises(varify.PriorError, match=r"0\.weight: stddev of .* must be None, or positive, finite"):
         vnet_of(prior={"0.weight": Odd(std=1.0)})
 
 

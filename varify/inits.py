@@ -187,18 +187,17 @@ def started(init: Init, slot: Slot, prior: Prior) -> tuple[Tensor, Tensor]:
     """Mu and rho of the parameter in `slot`, each `(*shape)`, rho in a storage of its own.
 
     Raises:
-        PriorError: the prior's `weight_std` can't be one.
+        PriorError: the prior's `stddev` can't be one.
     """
     w = slot.parameter.detach()
     w = w.float() if w.dtype in HALF else w
-    std = prior.weight_std()
+    std = prior.stddev()
     if std is None:
-        std = Gaussian().for_parameter(w, slot.fan_in).weight_std()
+        std = Gaussian().for_parameter(w, slot.fan_in).stddev()
     std = torch.as_tensor(std, dtype=w.dtype, device=w.device)
     if not broadcasts(std.shape, w.shape) or not ((std > 0) & std.isfinite()).all():
         raise PriorError(
-            f"{slot.name}: weight_std of {prior!r} must be None, or positive, finite and broadcastable to "
-            f"{tuple(w.shape)}"
+            f"{slot.name}: stddev of {prior!r} must be None, or positive, finite and broadcastable to {tuple(w.shape)}"
         )
     pair = init(w, std.expand_as(w))
     if not isinstance(pair, tuple) or [getattr(t, "shape", None) for t in pair] != [w.shape, w.shape]:

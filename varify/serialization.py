@@ -182,9 +182,9 @@ def _settings(path: object, metadata: Mapping[str, str], tensors: set[str]) -> d
         raise _damaged(
             path, f"its settings 'same' and 'extra' have {listed(lost + twice)}, which don't fit its tensors"
         )
-    for module, told in settings["versions"].items():
-        if not isinstance(told.get("version"), (int, type(None))):
-            raise _damaged(path, f"its setting 'versions' has {str(told)[:99]} for {module!r}")
+    for module, written in settings["versions"].items():
+        if not isinstance(written.get("version"), (int, type(None))):
+            raise _damaged(path, f"its setting 'versions' has {str(written)[:99]} for {module!r}")
     return settings
 
 

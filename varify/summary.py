@@ -59,16 +59,16 @@ class Summary:
         count = sum(math.prod(row.shape) for row in variational)
         everything = sum(math.prod(row.shape) for row in self.rows)
         kl = sum(row.kl for row in variational if row.kl is not None)
-        told = f"{self.network}: {count:,} of {everything:,} parameters variational, KL {kl:,.1f} nats"
+        line = f"{self.network}: {count:,} of {everything:,} parameters variational, KL {kl:,.1f} nats"
         known = [row for row in variational if row.at_prior is not None and row.free]
         if known:
             share = sum(row.at_prior or 0 for row in known) / sum(row.free for row in known)
             which = (
                 "" if len(known) == len([row for row in variational if row.free]) else " of those with Gaussian priors"
             )
-            told += f", {share:.1%}{which} at the prior"
+            line += f", {share:.1%}{which} at the prior"
         free = sum(row.free for row in variational)
-        return f"{told}, mean |mu|/sigma {sum(row.free * row.snr for row in variational) / free:.3g}" if free else told
+        return f"{line}, mean |mu|/sigma {sum(row.free * row.snr for row in variational) / free:.3g}" if free else line
 
     def __str__(self) -> str:
         table = [HEADER, *(row.cells() for row in self.rows)]
@@ -115,7 +115,7 @@ def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]
                     estimator,
                     float(q.sigma.mean()),
                     float(q.kl_divergence()),
-                    *_of_single_weights(q.free()),
+                    *_of_single_weights(q.unmasked()),
                 )
             )
         else:

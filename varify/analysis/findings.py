@@ -15,20 +15,20 @@ class Finding:
     Attributes:
         name: of the check.
         severity: "error", what makes training or predictions wrong; "warning", what may be meant; or "fine".
-        told: what was found, in words.
+        message: what was found, in words.
         figures: what that rests on, by name.
         change: what to do about it; empty if it is fine.
     """
 
     name: str
     severity: str
-    told: str
+    message: str
     figures: Mapping[str, float] = field(default_factory=dict)
     change: str = ""
 
     def lines(self) -> Iterator[str]:
         """As text."""
-        yield f"{self.severity:8} {self.name}: {self.told}"
+        yield f"{self.severity:8} {self.name}: {self.message}"
         if self.change:
             yield f"{'':8} -> {self.change}"
 
@@ -70,8 +70,8 @@ class Diagnosis(Sequence[Finding]):
     def head(self) -> str:
         """One line: how many of each."""
         n = {s: sum(f.severity == s for f in self.findings) for s in SEVERITIES}
-        told = f"errors {n['error']}, warnings {n['warning']}, fine {len(self.fine)}"
-        return f"{self.network}: {told}, unknown {len(self.unchecked)}"
+        message = f"errors {n['error']}, warnings {n['warning']}, fine {len(self.fine)}"
+        return f"{self.network}: {message}, unknown {len(self.unchecked)}"
 
     def __str__(self) -> str:
         lines = [line for finding in (*self.findings, *self.fine) for line in finding.lines()]
@@ -81,7 +81,7 @@ class Diagnosis(Sequence[Finding]):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = [(f.severity, f.name, f.told, f.change) for f in (*self.findings, *self.fine)]
+        rows = [(f.severity, f.name, f.message, f.change) for f in (*self.findings, *self.fine)]
         rows += [("unknown", name, why, "") for name, why in self.unchecked.items()]
         head = "".join(f"<th>{cell}</th>" for cell in ("", "check", "found", "to change"))
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)

@@ -36,7 +36,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
     fitted, new = {}, {}
     for name in matched:
-        q = posteriors[name].free()
+        q = posteriors[name].unmasked()
         if not q.rho.numel():  # no weight is free: there is nothing to fit to
             continue
         prior = q.prior

@@ -77,7 +77,7 @@ def fit_sigma(
 
 
 def _prior_std(name: str, q: GaussianPosterior) -> Tensor:
-    std = q.prior.weight_std()
+    std = q.prior.stddev()
     if std is None:
         raise PriorError(f"the prior of {name}, {q.prior!r}, has no variance; set one that has, such as a Gaussian")
     return torch.as_tensor(std, dtype=q.rho.dtype, device=q.rho.device).expand(q.rho.shape)

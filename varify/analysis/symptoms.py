@@ -32,7 +32,7 @@ class Found(NamedTuple):
     """What a check found; see `Finding`."""
 
     severity: str
-    told: str
+    message: str
     figures: Mapping[str, float] = {}
 
 
@@ -95,7 +95,7 @@ def _eval_mode(e: Evidence) -> Found | str:
     "from small sigmas (init='relative') or a pretrained network, choose another prior, or varify.prune them",
 )
 def _at_prior(e: Evidence) -> Found | str:
-    known = {name: q for name, q in e.posteriors.items() if isinstance(q.prior, Gaussian) and q.free().rho.numel()}
+    known = {name: q for name, q in e.posteriors.items() if isinstance(q.prior, Gaussian) and q.unmasked().rho.numel()}
     others = [name for name, q in e.posteriors.items() if not isinstance(q.prior, Gaussian)]
     if not known:
         return f"the KL of a single weight is known for Gaussian priors, which none of {listed(e.posteriors)} has"
@@ -103,8 +103,8 @@ def _at_prior(e: Evidence) -> Found | str:
         kls = [kl_of_each_weight(q) for q in known.values()]
     part = share([(int((kl < AT_PRIOR).sum()), kl.numel()) for kl in kls])
     left = f"; not covered, for want of a Gaussian prior: {listed(others)}" if others else ""
-    told = f"{part:.1%} of the weights are at the prior, with less than {AT_PRIOR} nats each{left}"
-    return Found("warning" if part >= MOSTLY else "fine", told, {"share": part})
+    message = f"{part:.1%} of the weights are at the prior, with less than {AT_PRIOR} nats each{left}"
+    return Found("warning" if part >= MOSTLY else "fine", message, {"share": part})
 
 
 @check(
@@ -114,15 +114,17 @@ def _at_prior(e: Evidence) -> Found | str:
 )
 def _collapsed(e: Evidence) -> Found | str:
     with torch.no_grad():
-        counts = [_count_collapsed(q.free()) for q in e.posteriors.values()]
+        counts = [_count_collapsed(q.unmasked()) for q in e.posteriors.values()]
     if not sum(n for _, n in counts):
         return "no weight is random"
     part = share(counts)
-    told = (
+    message = (
         f"{part:.1%} of the weights have collapsed: sigma is below {COLLAPSED:g} of the prior's std and of the root "
         "mean square of their tensor's means"
     )
-    return Found("error" if part >= MOSTLY else "warning" if part >= MANY_COLLAPSED else "fine", told, {"share": part})
+    return Found(
+        "error" if part >= MOSTLY else "warning" if part >= MANY_COLLAPSED else "fine", message, {"share": part}
+    )
 
 
 def _count_collapsed(q: GaussianPosterior) -> tuple[int, int]:
@@ -133,7 +135,7 @@ def _count_collapsed(q: GaussianPosterior) -> tuple[int, int]:
     """
     if not q.rho.numel():
         return 0, 0
-    std, size = q.prior.weight_std(), q.mean.square().mean().sqrt()
+    std, size = q.prior.stddev(), q.mean.square().mean().sqrt()
     scale = torch.as_tensor(math.inf if std is None else std).to(size)
     scale = torch.where(size > 0, torch.minimum(scale, size), scale)
     return int((q.sigma < COLLAPSED * scale).logical_and(scale.isfinite()).sum()), q.rho.numel()
@@ -157,14 +159,14 @@ def _kl_dominates(e: Evidence) -> Found | str:
     if nll <= 0:
         return f"the nll of {nll:.4g} is not positive, as that of a density may be, so the KL is no share of the loss"
     part = kl / (kl + nll)
-    told = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
+    message = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
     figures, learned = {"share": part, "kl": kl, "nll": nll}, e.learned
     if part >= MOSTLY and learned is not None:
-        told += f" (by {learned:.2g} of that less than with targets of other data)"
+        message += f" (by {learned:.2g} of that less than with targets of other data)"
         figures["learned"] = learned
     # A network may have learned under a prior that has most of the loss, of which a part is the same for all weights.
     ill = "warning" if learned is None or learned > LEAST_LEARNED else "error"
-    return Found(ill if part >= MOSTLY else "fine", told, figures)
+    return Found(ill if part >= MOSTLY else "fine", message, figures)
 
 
 @check(
@@ -202,11 +204,11 @@ def _summed_criterion(e: Evidence) -> Found | str:
             return f"the criterion takes no batch of twice the size ({type(error).__name__}: {error})"
     ratio = twice / once if once else math.nan
     if abs(ratio - 2) < 0.02:
-        told = (
+        message = (
             f"the criterion goes from {once:.4g} to {twice:.4g} for a batch and its copy: it is a sum, or divided by a "
             f"fixed number. A sum makes the KL count {e.batch.size} times too little"
         )
-        return Found("error", told, {"ratio": ratio})
+        return Found("error", message, {"ratio": ratio})
     if abs(ratio - 1) < 0.02:
         return Found("fine", "the criterion is a mean over the batch", {"ratio": ratio})
     return f"the criterion is neither mean nor sum: {once:.4g} for the batch, {twice:.4g} for it and its copy"
@@ -228,11 +230,11 @@ def _squared_error(e: Evidence) -> Found | str:
         # the mean over a datum's targets too divides all of them
         for loss, var in ((mse, 0.5 * target[0].numel()), (mse * target.numel(), 0.5)):
             if loss > 0 and math.isclose(value, loss, rel_tol=ROUNDING):
-                told = (
+                message = (
                     f"the criterion is the squared error, as of a Gaussian likelihood with a variance of {var:g} (std "
                     f"{math.sqrt(var):.3g}) whatever the targets' noise and unit; the squared error is {mse:.4g}"
                 )
-                return Found("error", told, {"var": var, "mse": mse})
+                return Found("error", message, {"var": var, "mse": mse})
     return Found("fine", "the criterion is no bare squared error")
 
 
@@ -252,9 +254,9 @@ def _gradient_noise(e: Evidence) -> Found | str:
     snr = {name: g.signal_to_noise for name, g in learned.items()}
     if any(math.isnan(value) for value in snr.values()):
         return "the gradients are not finite"
-    told = " and ".join(f"{value:.3g} for {name}" for name, value in snr.items())
-    told = f"mean²/variance of the nll's gradient over draws of the weights, on this batch: {told}"
-    return Found("warning" if snr.get("mu", math.inf) < LEAST_SIGNAL else "fine", told, snr)
+    message = " and ".join(f"{value:.3g} for {name}" for name, value in snr.items())
+    message = f"mean²/variance of the nll's gradient over draws of the weights, on this batch: {message}"
+    return Found("warning" if snr.get("mu", math.inf) < LEAST_SIGNAL else "fine", message, snr)
 
 
 @check(
@@ -270,8 +272,8 @@ def _tiny_batch_norm(e: Evidence) -> Found | str:
     ]
     if not norms:
         return Found("fine", "nothing normalizes by the statistics of a batch")
-    told = f"{listed(norms)} normalize by the statistics of a batch of {e.batch.size}"
-    return Found("warning" if e.batch.size < TINY_BATCH else "fine", told, {"batch": e.batch.size})
+    message = f"{listed(norms)} normalize by the statistics of a batch of {e.batch.size}"
+    return Found("warning" if e.batch.size < TINY_BATCH else "fine", message, {"batch": e.batch.size})
 
 
 @check(
@@ -290,6 +292,6 @@ def _equal_draws(e: Evidence) -> Found | str:
         return "the outputs are not finite"
     # over the data, since outputs may be far from 0 all together
     scale = float(outputs.std(unbiased=False)) or float(outputs.square().mean().sqrt())
-    told = f"predictions differ between draws by {spread:.3g}, and between data and outputs by {scale:.3g}"
+    message = f"predictions differ between draws by {spread:.3g}, and between data and outputs by {scale:.3g}"
     ill = spread <= LEAST_SPREAD * scale
-    return Found("error" if ill else "fine", told, {"draws": spread, "data": scale})
+    return Found("error" if ill else "fine", message, {"draws": spread, "data": scale})

@@ -144,8 +144,8 @@ def _report(twins: Twins, images: Images, folder: Run) -> None:
     evaluations = _both(twins, images)
     _print(evaluations)
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
-    told = {"settings": twins.settings.as_dict(), "epoch": twins.epoch, "metrics": metrics}
-    folder.write("metrics.json", json.dumps(told, indent=2).encode())
+    report = {"settings": twins.settings.as_dict(), "epoch": twins.epoch, "metrics": metrics}
+    folder.write("metrics.json", json.dumps(report, indent=2).encode())
     folder.write("picture.png", picture(evaluations))
 
 

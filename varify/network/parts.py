@@ -55,6 +55,8 @@ class Part:
         self._hooks = _hooks(live)
         self._transient = _transient_attributes(live)
         self.varying = [attr for attr, reached in references.items() if not reached.isdisjoint(names)]
+        # but for the tables of parameters and children, and copies that serve all calls
+        self._shares_all = not (self.varying or self._transient or whole)
         self._remember_live()
         self._shell_vars.update(self._live_vars)
         for attr in references:
@@ -109,6 +111,7 @@ class Part:
             if attr not in self._transient and (attr not in before or before[attr] is not value):
                 self._shell_vars[attr] = value
         self._remember_live()
+        self._remember_shell()
 
     def load(
         self, theta: Theta, training: bool | None, buffers: dict[int, Tensor] | None, call: Substitution | None
@@ -118,6 +121,11 @@ class Part:
         table = shell_vars["_parameters"]
         for key, name in self._slots:
             table[key] = theta.get(name, live[key])
+        if self._shares_all and buffers is None:  # the most of them, and what is remembered of the shell still holds
+            mode = live_vars.get("training") if training is None else training
+            if "training" in live_vars and shell_vars["training"] is not mode:
+                shell_vars["training"] = self._shell_before["training"] = mode
+            return
         for attr in self.varying:
             shell_vars[attr] = live_vars[attr] if call is None else call(live_vars[attr])
         if "training" in live_vars:  # a compiled module has none: it asks the module within
@@ -134,6 +142,15 @@ class Part:
         elif self._whole:
             shell_vars["_buffers"] = dict(live_vars["_buffers"])
         self._remember_shell()
+
+    def unload(self) -> None:
+        """Load the live weights again."""
+        if self._shares_all:
+            table, live = self._shell_vars["_parameters"], self.live._parameters
+            for key, _ in self._slots:
+                table[key] = live[key]
+        else:
+            self.load({}, None, None, None)
 
     def _remember_shell(self) -> None:
         self._shell_before = self._shell_vars.copy()
@@ -175,7 +192,8 @@ class Part:
 
 
 def _same(now: dict[str, Any], then: dict[str, Any]) -> bool:
-    return now.keys() == then.keys() and all(map(is_, now.values(), then.values()))
+    # in order, as lists of strings compare faster than sets of them; another order may be a change as well
+    return len(now) == len(then) and all(map(is_, now.values(), then.values())) and list(now) == list(then)
 
 
 def references_of(network: nn.Module) -> dict[nn.Module, dict[str, frozenset[int]]]:

@@ -179,7 +179,7 @@ class View:
         if self._counts() != self._idle_counts and not self._released():
             return False
         for part in self._parts:
-            part.load({}, None, None, None)
+            part.unload()
         return True
 
     def _to_live(self) -> Substitution:

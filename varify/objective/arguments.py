@@ -46,9 +46,9 @@ def _takes_each(network: nn.Module, n: int) -> bool:
     most = math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(named)
     if least > 1 or most == 1 or n > most:
         return least > 1
-    told = ", ".join(map(str, parameters))
+    shown = ", ".join(map(str, parameters))
     raise ArgumentError(
-        f"the inputs are a list of {n}, which for {type(network).__name__}.forward({told}) may be its first argument "
+        f"the inputs are a list of {n}, which for {type(network).__name__}.forward({shown}) may be its first argument "
         "or all of them: give a tuple, (a, b) for two arguments or ([a, b],) for one"
     )
 
@@ -60,11 +60,11 @@ def fewest(args: Sequence[Any], kwargs: Mapping[str, Any], targets: object) -> i
     and targets agree, the second may be the data's as well (sequences first).
     """
     given = [x for x in pytree.tree_leaves((list(args), dict(kwargs))) if has_length(x)]
-    wanted = [y for y in pytree.tree_leaves(targets) if has_length(y)]
-    lengths = [len(x) for x in (*given, *wanted)]
+    labels = [y for y in pytree.tree_leaves(targets) if has_length(y)]
+    lengths = [len(x) for x in (*given, *labels)]
     for x in given:
         if x.dim() > 1:
-            lengths += [x.shape[1] for y in wanted if y.shape[:2] == x.shape[:2] or len(y) == x.shape[:2].numel()]
+            lengths += [x.shape[1] for y in labels if y.shape[:2] == x.shape[:2] or len(y) == x.shape[:2].numel()]
     return min(lengths, default=None)
 
 

@@ -104,15 +104,15 @@ class Prediction:
             ArgumentError: q outside [0, 1].
         """
         samples = self._precise
-        wanted = torch.as_tensor(q, dtype=samples.dtype, device=samples.device)
-        if not ((wanted >= 0) & (wanted <= 1)).all():
+        requested = torch.as_tensor(q, dtype=samples.dtype, device=samples.device)
+        if not ((requested >= 0) & (requested <= 1)).all():
             raise ArgumentError(f"q must lie within [0, 1], got {q}")
         # torch.quantile refuses large tensors; sorting draws and interpolating does the same for any size
         ordered = samples.sort(0).values
-        position = wanted * (self.n_samples - 1)
+        position = requested * (self.n_samples - 1)
         below = position.floor().long()
         above = (below + 1).clamp_max(self.n_samples - 1)
-        weight = (position - below).reshape(*wanted.shape, *(1,) * (samples.dim() - 1))
+        weight = (position - below).reshape(*requested.shape, *(1,) * (samples.dim() - 1))
         return torch.lerp(ordered[below], ordered[above], weight)
 
     def interval(self, level: float = 0.95, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class Factorized(Prior):
     def log_prob(self, w: Tensor) -> Tensor:  # noqa: D102
         return self.distribution.log_prob(w).expand_as(w).sum()
 
-    def weight_std(self) -> Tensor | None:  # noqa: D102
+    def stddev(self) -> Tensor | None:  # noqa: D102
         try:
             std = self.distribution.stddev
         except NotImplementedError:

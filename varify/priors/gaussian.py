@@ -72,7 +72,7 @@ class Gaussian(Prior):
     def log_prob(self, w: Tensor) -> Tensor:  # noqa: D102
         return normal_log_density((w - self.mean) / self._known_std(), self._known_std()).sum()
 
-    def weight_std(self) -> Tensor | float | None:  # noqa: D102
+    def stddev(self) -> Tensor | float | None:  # noqa: D102
         return self.std
 
     def _known_std(self) -> Tensor | float:
@@ -102,7 +102,7 @@ def _kl_gaussian(q: GaussianPosterior, p: Gaussian) -> Tensor:
 
 def kl_of_each_weight(q: GaussianPosterior) -> Tensor:
     """KL(q‖prior) of every free weight by itself, `(n,)`, nats, for a Gaussian prior; their sum is the divergence."""
-    q = q.free()
+    q = q.unmasked()
     assert isinstance(q.prior, Gaussian)
     std = q.prior._known_std()
     sigma, log_rest = q.floored_sigma()

@@ -39,6 +39,6 @@ class ScaleMixture(Prior):
         second = torch.log1p(-pi) + normal_log_density(w / self.sigma_2, self.sigma_2)
         return torch.logaddexp(first, second).sum()
 
-    def weight_std(self) -> Tensor | float:  # noqa: D102
+    def stddev(self) -> Tensor | float:  # noqa: D102
         var: Tensor | float = self.pi * self.sigma_1**2 + (1 - self.pi) * self.sigma_2**2
         return var**0.5

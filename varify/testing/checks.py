@@ -31,7 +31,7 @@ def or_else(way_out: str) -> Iterator[None]:
         raise AssertionError(f"{type(error).__name__}: {error}. {way_out}") from error
 
 
-def assert_same_mean(found: Tensor, reference: Tensor, told: str) -> None:
+def assert_same_mean(found: Tensor, reference: Tensor, message: str) -> None:
     """Of independent observations along the first dimension."""
     errors = [x.var(0) / len(x) for x in (found, reference)]
     apart, error = (found.mean(0) - reference.mean(0)).abs(), (errors[0] + errors[1]).sqrt()
@@ -40,7 +40,7 @@ def assert_same_mean(found: Tensor, reference: Tensor, told: str) -> None:
     if wrong.any():
         worst = (apart / error.clamp_min(1e-12)).max()
         raise AssertionError(
-            f"{told}; {int(wrong.sum())} of {wrong.numel()} differ, by {worst:.1f} standard errors or less"
+            f"{message}; {int(wrong.sum())} of {wrong.numel()} differ, by {worst:.1f} standard errors or less"
         )
 
 

@@ -25,10 +25,10 @@ class InitContract:
                 for given in (w, torch.zeros_like(w)):
                     started = inits.as_init(self.make())(given, torch.tensor(0.5, dtype=dtype).expand(shape))
                     for name, value in zip(("mu", "rho"), started, strict=True):
-                        told = f"{name} of a parameter {shape} of {dtype} is {tuple(value.shape)} of {value.dtype}"
-                        assert value.shape == shape, f"{told}: it must have the parameter's shape"
+                        message = f"{name} of a parameter {shape} of {dtype} is {tuple(value.shape)} of {value.dtype}"
+                        assert value.shape == shape, f"{message}: it must have the parameter's shape"
                         single = torch.promote_types(value.dtype, torch.float32) == value.dtype
-                        assert single, f"{told}: it must be float32 or float64"
+                        assert single, f"{message}: it must be float32 or float64"
                         assert value.isfinite().all(), f"{name} is {value} where the weight is {given}"
                     sigma = F.softplus(started[1])
                     assert (sigma > 0).all(), f"sigma is {sigma} where the weight is {given}: no gradient could mend it"

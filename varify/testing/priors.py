@@ -93,12 +93,12 @@ class PriorContract:
         for scale in (0.01, 1.0, 10.0):
             w = scale * self._weights()
             expected = torch.tensor(float(np.sum(self.log_density(w.numpy()))), dtype=torch.float64)
-            told = f"\nlog_prob(w) is not the reference's at weights of scale {scale}"
-            assert_close(prior.log_prob(w), expected, rtol=1e-5, atol=1e-5, msg=lambda m: m + told)  # noqa: B023
+            text = f"\nlog_prob(w) is not the reference's at weights of scale {scale}"
+            assert_close(prior.log_prob(w), expected, rtol=1e-5, atol=1e-5, msg=lambda m: m + text)  # noqa: B023
 
     @fixed_seed()
     def test_the_density_of_one_weight_is_normalized(self) -> None:
-        """It integrates to 1, so it is in nats with its constant; `weight_std` is the density's, if it is told."""
+        """It integrates to 1, so it is in nats with its constant; `stddev` is the density's, if there is one."""
         if not self.proper:
             raise unittest.SkipTest("proper = False")
         one = torch.zeros(self.shape, dtype=torch.bool)
@@ -110,25 +110,25 @@ class PriorContract:
             f"the density of one weight integrates to {total:.4g}, not 1: log_prob must be in nats, with its constant; "
             "set proper = False if it has none"
         )
-        std = prior.weight_std()
+        std = prior.stddev()
         if std is not None:
             mean = torch.trapezoid(w * density, w)
             expected = math.sqrt(torch.trapezoid((w - mean) ** 2 * density, w))
-            told = float(torch.as_tensor(std).expand(self.shape)[one])
-            assert abs(told / expected - 1) < 0.02, (
-                f"weight_std is {told:.4g}, but the density's standard deviation is {expected:.4g}: is it a variance?"
+            given = float(torch.as_tensor(std).expand(self.shape)[one])
+            assert abs(given / expected - 1) < 0.02, (
+                f"stddev is {given:.4g}, but the density's standard deviation is {expected:.4g}: is it a variance?"
             )
 
     @fixed_seed()
     def test_weight_std_is_positive_or_none(self) -> None:
-        """`weight_std()` is None, or positive and finite and broadcasts to the parameter."""
-        std = as_prior(self.make()).for_parameter(self._weights().float(), 4).weight_std()
+        """`stddev()` is None, or positive and finite and broadcasts to the parameter."""
+        std = as_prior(self.make()).for_parameter(self._weights().float(), 4).stddev()
         if std is None:
             return
         std = torch.as_tensor(std)
-        with or_else("weight_std must broadcast to the parameter"):
+        with or_else("stddev must broadcast to the parameter"):
             std.expand(self.shape)
-        assert ((std > 0) & std.isfinite()).all(), f"weight_std is {std}: return None if there is none"
+        assert ((std > 0) & std.isfinite()).all(), f"stddev is {std}: return None if there is none"
 
     @fixed_seed()
     def test_each_parameter_has_a_copy(self) -> None:
@@ -174,13 +174,13 @@ class PriorContract:
         """`at(mask)` is that of the chosen weights, which pruning needs."""
         prior, w = self._prior(), self._weights()
         whole, everything = prior.log_prob(w), torch.ones(self.shape, dtype=torch.bool)
-        told = "\nat(chosen) must pick the hyper-parameters of the chosen weights"
-        assert_close(prior.at(everything).log_prob(w[everything]), whole, msg=lambda m: m + told)
+        text = "\nat(chosen) must pick the hyper-parameters of the chosen weights"
+        assert_close(prior.at(everything).log_prob(w[everything]), whole, msg=lambda m: m + text)
         chosen = torch.rand(self.shape) < 0.5
         parts = [prior.at(mask).log_prob(w[mask]) for mask in (chosen, ~chosen)]
         assert all(not p.shape and p.isfinite() for p in parts), f"log_prob of some weights is {parts}"
         if _is_additive(prior.log_prob, w):
-            assert_close(parts[0] + parts[1], whole, msg=lambda m: m + told)
+            assert_close(parts[0] + parts[1], whole, msg=lambda m: m + text)
         kl = GaussianPosterior(w, w - 1, prior, chosen.to(torch.int8)).kl_divergence()
         assert kl.isfinite(), f"the KL of weights some of which are fixed is {kl}"
 
@@ -207,8 +207,8 @@ class PriorContract:
             reference = torch.stack([log_q(w).sum() - q.prior.log_prob(w) for w in draws])
             found = torch.stack([q.kl_divergence() for _ in range(DRAWS // 10)])
         assert found.dim() == 1, f"the KL has shape {tuple(found.shape[1:])}: add .sum()"
-        told = f"the KL is {found.mean():.4g}, but {reference.mean():.4g} over draws: mind register_kl's rule, and nats"
-        assert_same_mean(found, reference, told)
+        text = f"the KL is {found.mean():.4g}, but {reference.mean():.4g} over draws: mind register_kl's rule, and nats"
+        assert_same_mean(found, reference, text)
 
     @fixed_seed()
     def test_gradients_of_the_kl_are_right(self) -> None:
@@ -224,7 +224,7 @@ class PriorContract:
 
     def _posterior(self) -> GaussianPosterior:
         prior = self._prior()
-        std = prior.weight_std()
+        std = prior.stddev()
         scale = torch.as_tensor(1.0 if std is None else std).expand(self.shape)
         mu, rho = scale * self._weights(), softplus_inverse(scale * (0.3 + torch.rand(self.shape).double()))
         return GaussianPosterior(mu.requires_grad_(), rho.requires_grad_(), prior)

@@ -44,15 +44,15 @@ class RuleContract:
                 found = self._by_example([self._of_rule(each, examples) for each in given])
                 assert_same_mean(found, drawn, "the mean of the rule's outputs is not that of drawn weights")
                 apart, drawn_apart = found - found.mean(0), drawn - drawn.mean(0)
-                told = "the variance of the rule's outputs is not that of drawn weights: is sigma taken for sigma²?"
-                assert_same_mean(apart.square(), drawn_apart.square(), told)
+                text = "the variance of the rule's outputs is not that of drawn weights: is sigma taken for sigma²?"
+                assert_same_mean(apart.square(), drawn_apart.square(), text)
                 if self.estimator == "flipout":
-                    told = "covariances within an example are not those of drawn weights: flip all axes by Moments.flip"
-                    assert_same_mean(_products(apart, apart), _products(drawn_apart, drawn_apart), told)
+                    text = "covariances within an example are not those of drawn weights: flip all axes by Moments.flip"
+                    assert_same_mean(_products(apart, apart), _products(drawn_apart, drawn_apart), text)
                 if self.estimator == "flipout" and examples.number > 1:
                     one, other = apart[:, :1], apart[:, 1:2]  # for reference, of different draws: independent
-                    told = "outputs of two examples are correlated: give each its signs, by Moments.flip"
-                    assert_same_mean(_products(one, other), _products(one, other.roll(1, 0)), told)
+                    text = "outputs of two examples are correlated: give each its signs, by Moments.flip"
+                    assert_same_mean(_products(one, other), _products(one, other.roll(1, 0)), text)
 
     @fixed_seed()
     def test_one_noise_is_kept_for_several_uses(self) -> None:
@@ -61,8 +61,8 @@ class RuleContract:
             arguments = self._arguments(torch.float64)
             examples = self._examples(arguments)
             kept = _keeping(arguments, examples)
-            told = "\ntwo uses of one weight have two noises: take it from Moments.perturbation() and Moments.flip(...)"
-            assert_close(self._of_rule(kept, examples), self._of_rule(kept, examples), msg=lambda m: m + told)
+            text = "\ntwo uses of one weight have two noises: take it from Moments.perturbation() and Moments.flip(...)"
+            assert_close(self._of_rule(kept, examples), self._of_rule(kept, examples), msg=lambda m: m + text)
 
     @fixed_seed()
     def test_without_sigma_it_is_the_operation(self) -> None:

@@ -106,13 +106,13 @@ class GaussianPosterior:
     def entropy(self) -> Tensor:
         """Σ log sigma + n/2·(1 + log 2π), scalar `()`, nats."""
         if self.fixed is not None:
-            return self.free().entropy()
+            return self.unmasked().entropy()
         return self.log_sigma.sum() + self.rho.numel() * 0.5 * (1 + math.log(2 * math.pi))
 
     def log_ratio(self, eps: Tensor) -> Tensor:
         """Log q(w) − log p(w) at the draw that belongs to `eps`, scalar `()`, nats; its mean over draws is the KL."""
         if self.fixed is not None:
-            return self.free().log_ratio(eps[self.fixed == 0])
+            return self.unmasked().log_ratio(eps[self.fixed == 0])
         if not self.rho.numel():  # a prior's density of no weights, such as one by their mean, may be NaN
             return self.rho.sum()
         log_q = -(0.5 * eps.square() + self.log_sigma).sum() - 0.5 * eps.numel() * math.log(2 * math.pi)
@@ -120,10 +120,10 @@ class GaussianPosterior:
 
     def kl_divergence(self) -> Tensor:
         """KL(q‖prior), scalar `()`, nats: exact where there is a rule, else an unbiased estimate."""
-        q = self.free()
+        q = self.unmasked()
         return kl_divergence(q, q.prior) if q.rho.numel() else q.rho.sum()
 
-    def free(self) -> "GaussianPosterior":
+    def unmasked(self) -> "GaussianPosterior":
         """The posterior of the weights that are not fixed, as a vector."""
         if self.fixed is None:
             return self

@@ -49,7 +49,7 @@ class Prior(nn.Module):
             )
         return log_p
 
-    def weight_std(self) -> "Tensor | float | None":
+    def stddev(self) -> "Tensor | float | None":
         """Standard deviation of one weight, broadcastable to `(*shape)`; None where the prior tells none."""
         return None
 
@@ -141,8 +141,8 @@ class Prior(nn.Module):
 
     def __repr__(self) -> str:
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        told = ", ".join(f"{k}={_short(v)}" for k, v in self.settings().items() if v != defaults[k])
-        return f"{type(self).__name__}({told})"
+        shown = ", ".join(f"{k}={_short(v)}" for k, v in self.settings().items() if v != defaults[k])
+        return f"{type(self).__name__}({shown})"
 
 
 def _short(value: object) -> str:
