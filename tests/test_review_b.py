@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import varify
 from varify.priors import registry
+from varify.state import read_extra_state
 
 
 def vnet_of(**options: Any) -> varify.VariationalModule:
@@ -135,6 +136,27 @@ class NoInit(varify.priors.Gaussian):
         object.__setattr__(self, "scale", scale)
 
 
+def drawn_with(noise: dict[str, Tensor]) -> None:
+    with vnet_of().fixed_draw(noise):
+        pass
+
+
+def test_a_summary_leaves_the_random_numbers_alone() -> None:
+    vnet = vnet_of(prior=torch.distributions.Cauchy(0.0, 1.0))
+    before = torch.get_rng_state()
+    vnet.summary()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gaussian_prior_without_a_std_in_a_checkpoint_is_refused() -> None:
+    vnet = vnet_of()
+    state = dict(vnet.state_dict())
+    state["_extra_state"] = read_extra_state(state["_extra_state"])
+    state["_extra_state"]["priors"]["0.weight"]["std"] = None
+    with pytest.raises(varify.PriorError, match=r"of 0\.weight: std must be a number"):
+        vnet.load_state_dict(state)
+
+
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: vnet_of(init=Scalar()),
@@ -151,6 +173,12 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: varify.priors.register(Sharp), varify.PriorError, "register takes the prior's name"),
     (lambda: varify.inits.register("x")(nn.Linear), varify.InitError, "must be a subclass of varify.inits.Init"),
     (lambda: varify.inits.register(Scalar), varify.InitError, "register takes the name"),
+    (
+        lambda: drawn_with({"wieght": torch.ones(3)}),
+        varify.ArgumentError,
+        "noise must be by .* name, got 'wieght'",
+    ),
+    (lambda: drawn_with({"0.bias": torch.ones(())}), varify.ArgumentError, r"noise of 0\.bias must have shape \(8,\)"),
     (lambda: vnet_of(batch_dim="x"), varify.ArgumentError, "batch_dim must be an integer of at least 0, got 'x'"),
     (lambda: vnet_of(batch_dim=-7), varify.ArgumentError, "batch_dim must be an integer of at least 0, got -7"),
     (lambda: vnet_of(init={"fc*": "moped"}), varify.SelectionError, r"the glob 'fc\*' matches no parameter"),

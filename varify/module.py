@@ -142,6 +142,7 @@ class VariationalModule(nn.Module):
         Args:
             noise: eps by parameter name, `(*shape)` each; what is missing is drawn.
         """
+        self.posteriors.check_noise(noise or {})
         with ExitStack() as stack:
             for part in variational_parts(self):
                 stack.enter_context(part.drawing.fixed(dict(noise or {}) if part is self else {}))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varify.errors import PriorError, StructureError, UnknownNameError, listed
+from varify.errors import ArgumentError, PriorError, StructureError, UnknownNameError, listed
 from varify.network.parameters import Slot, alias_names, first_slots, slot_names
 from varify.network.selection import matching
 from varify.network.sharding import whole
@@ -210,6 +210,19 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         if self.trees.fixed.is_empty:
             return {}
         return {name: q for name, q in self.now().items() if q.fixed is not None}
+
+    def check_noise(self, noise: Mapping[str, Tensor]) -> None:
+        """Refuse noise that is not of these parameters.
+
+        Raises:
+            ArgumentError: an unknown name, or another shape than the parameter's.
+        """
+        shapes = {name: tuple(slot.parameter.shape) for name, slot in self.slots.items()}
+        for name, eps in noise.items():
+            if name not in shapes:
+                raise ArgumentError(f"noise must be by parameter name, got {name!r}; there are {listed(shapes)}")
+            if tuple(eps.shape) != shapes[name]:
+                raise ArgumentError(f"noise of {name} must have shape {shapes[name]}, got {tuple(eps.shape)}")
 
     def kl_divergence(self, drawing: Drawing) -> dict[str, Tensor]:
         """KL(q‖p) by parameter name, each a scalar `()`, nats, differentiable."""

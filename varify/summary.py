@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from varify.graph.planning import Decision
 from varify.network.parameters import alias_names, first_slots
-from varify.posteriors import Posteriors
+from varify.posteriors import Posteriors, cuda_devices
 from varify.priors.gaussian import AT_PRIOR, Gaussian, kl_of_each_weight
 from varify.weights.posterior import GaussianPosterior
 
@@ -89,7 +89,6 @@ class Summary:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(self.totals)}</p>"
 
 
-@torch.no_grad()
 def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]]) -> Summary:
     """The table of all parameters of the network that `posteriors` are of.
 
@@ -97,30 +96,36 @@ def summarize(posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]
         posteriors: of the network.
         decisions: what estimators do, by parameter, in each of the calls to report.
     """
-    network, settings = posteriors.network, posteriors.settings
+    network = posteriors.network
     aliases: dict[str, list[str]] = {}
     for name, first in alias_names(network).items():
         if name != first:
             aliases.setdefault(first, []).append(name)
-    rows = []
-    for name, slot in first_slots(network).items():
+    # estimated KLs draw, and reading leaves the random numbers of what follows alone
+    with torch.no_grad(), torch.random.fork_rng(cuda_devices(posteriors)):
+        rows = list(_rows(posteriors, decisions, aliases))
+    return Summary(type(network).__name__, rows)
+
+
+def _rows(
+    posteriors: Posteriors, decisions: Sequence[Mapping[str, Decision]], aliases: Mapping[str, Sequence[str]]
+) -> Iterator[Row]:
+    settings = posteriors.settings
+    for name, slot in first_slots(posteriors.network).items():
         shape, names = tuple(slot.parameter.shape), (name, *aliases.get(name, ()))
         if name in posteriors:
             q, estimator = posteriors[name], _reported(name, settings.estimators[name], decisions)
-            rows.append(
-                Row(
-                    names,
-                    shape,
-                    " ".join(repr(q.prior).split()),
-                    estimator,
-                    float(q.sigma.mean()),
-                    float(q.kl_divergence()),
-                    *_of_single_weights(q.unmasked()),
-                )
+            yield Row(
+                names,
+                shape,
+                " ".join(repr(q.prior).split()),
+                estimator,
+                float(q.sigma.mean()),
+                float(q.kl_divergence()),
+                *_of_single_weights(q.unmasked()),
             )
         else:
-            rows.append(Row(names, shape, "", settings.skipped.get(name, "not chosen")))
-    return Summary(type(network).__name__, rows)
+            yield Row(names, shape, "", settings.skipped.get(name, "not chosen"))
 
 
 def _of_single_weights(q: GaussianPosterior) -> tuple[int, float, int | None]:

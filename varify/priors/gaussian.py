@@ -2,7 +2,9 @@
 
 import copy
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from varify.errors import PriorError
@@ -58,6 +60,12 @@ class Gaussian(Prior):
             std = self.bias_std if self.bias_std is not None and w.dim() < 2 else 1 / math.sqrt(max(fan_in, 1))
         settled = self._with(w.detach() if self.centered else self.mean, std)
         return super(Gaussian, settled).for_parameter(w, fan_in)  # type: ignore[return-value]
+
+    @classmethod
+    def check_settings(cls, settings: dict[str, Any], shape: torch.Size) -> None:  # noqa: D102
+        super().check_settings(settings, shape)
+        if settings.get("std") is None:  # a parameter's own prior has one
+            raise PriorError("std must be a number or the shape of a tensor, got None")
 
     def _with(self, mean: Tensor | float, std: Tensor | float) -> "Gaussian":
         """One of this class, with what else a subclass has, and these for mean and std."""
