@@ -113,6 +113,18 @@ def test_every_refusal_is_an_error_of_varifys() -> None:
                 assert node.exc.func.id not in plain or internal, f"{path}:{node.lineno}"
 
 
+def test_few_arguments_are_of_any_type() -> None:
+    annotations = [
+        ast.unparse(a.annotation)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg)
+        if a is not None and a.annotation is not None
+    ]
+    assert annotations.count("Any") < 0.05 * len(annotations)
+
+
 def classes(path: Path) -> Iterator[ast.ClassDef]:
     return (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
 

@@ -101,7 +101,7 @@ def _checked_network(vnet: Any) -> nn.Module:
     return network
 
 
-def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: Any) -> Batch | None:
+def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object) -> Batch | None:
     if loader is not None and batch is not None:
         raise ArgumentError("loader and batch exclude each other: the batch that is looked at is the loader's first")
     if loader is None and batch is None:
@@ -120,7 +120,7 @@ def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: Any) -
 
 
 @contextmanager
-def _random_numbers_kept(network: nn.Module, loader: Any) -> Iterator[None]:
+def _random_numbers_kept(network: nn.Module, loader: object) -> Iterator[None]:
     devices = sorted({i for part in variational_parts(network) for i in cuda_devices(part.posteriors)})
     own = [g for g in (getattr(loader, "generator", None),) if isinstance(g, torch.Generator)]
     before = [g.get_state() for g in own]

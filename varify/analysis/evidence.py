@@ -28,13 +28,13 @@ class Batch(NamedTuple):
     total: int | None
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: Any, targets: Any, total: int | None) -> "Batch":
+    def of(cls, network: nn.Module, inputs: object, targets: object, total: int | None) -> "Batch":
         """`inputs` as for `ELBO`."""
         args, kwargs = unpack(inputs, network)
         return cls(args, kwargs, targets, size_of(network, inputs), total)
 
 
-def size_of(network: nn.Module, inputs: Any) -> int:
+def size_of(network: nn.Module, inputs: object) -> int:
     """How many data the first tensor of the inputs has."""
     dim = network.posteriors.settings.batch_dim if isinstance(network, VariationalModule) else 0
     leaves = pytree.tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
@@ -162,17 +162,17 @@ class Evidence:
         return found
 
 
-def floating(tree: Any) -> list[Tensor]:
+def floating(tree: object) -> list[Tensor]:
     """The floating-point tensors in a structure that have a length."""
     return [x for x in pytree.tree_leaves(tree) if has_length(x) and x.is_floating_point()]
 
 
-def doubled(tree: Any) -> Any:
+def doubled(tree: object) -> Any:
     """A structure with every entry of a batch twice."""
     return pytree.tree_map(lambda x: torch.cat([x, x]) if has_length(x) else x, tree)
 
 
-def swapped(targets: Any, size: int) -> Any:
+def swapped(targets: object, size: int) -> Any:
     """The targets of a batch of `size` data, each given to another datum; None where they are the same then."""
     leaves, spec = pytree.tree_flatten(targets)
     others = [_rolled(x, size) if has_length(x) else x for x in leaves]

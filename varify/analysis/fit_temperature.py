@@ -31,7 +31,7 @@ def fit_temperature(
     rule: str = "nll",
     tolerance: float = 0.01,
     bounds: tuple[float, float] = (1e-6, 1e4),
-    batched: Any = None,
+    batched: object = None,
     linearized: bool = False,
 ) -> float:
     r"""Multiply all variances by one number t, the temperature, that is found on held-out data.
@@ -91,7 +91,7 @@ def fit_temperature(
     return t
 
 
-def _checked(vnet: Any, n_samples: Any, rule: Any, tolerance: Any, bounds: Any) -> tuple[float, float]:
+def _checked(vnet: object, n_samples: object, rule: object, tolerance: object, bounds: object) -> tuple[float, float]:
     """The logarithms of the bounds, if all arguments can be."""
     if not isinstance(vnet, VariationalModule):
         raise ModelError(f"vnet must be what varify.variationalize returns, got {type(vnet).__name__}")

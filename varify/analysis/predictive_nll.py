@@ -38,7 +38,7 @@ class PredictiveNLL:
         loader: Iterable[Any],
         criterion: Criterion,
         n_samples: int,
-        batched: Any,
+        batched: object,
         linearized: bool,
     ) -> None:
         # before the loader is asked for anything, which draws a number of its own

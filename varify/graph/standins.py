@@ -275,7 +275,7 @@ def _served(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         ]
         moments = {id(s): s.moments for s in (weight, *biases)}
 
-        def resolved(value: Any, moments: dict[int, Moments] = moments, name: str = func.__name__) -> Any:
+        def resolved(value: object, moments: dict[int, Moments] = moments, name: str = func.__name__) -> Any:
             if not isinstance(value, _StandIn):
                 return value
             return moments[id(value)] if id(value) in moments else value.drawn(f"it meets {name} as another argument")

@@ -152,7 +152,7 @@ class ELBO:
         criterion: Criterion,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        targets: Any,
+        targets: object,
         beta: float,
     ) -> Terms:
         if not isinstance(vnet, VariationalModule):

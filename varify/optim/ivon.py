@@ -176,7 +176,7 @@ def _check(name: str, q: GaussianPosterior, known: Container[int]) -> None:
         )
 
 
-def _decays(betas: Any) -> tuple[float, float]:
+def _decays(betas: object) -> tuple[float, float]:
     numbers = tuple(betas) if isinstance(betas, (tuple, list)) else ()
     if len(numbers) != 2 or not all(isinstance(b, Real) and 0 <= float(b) < 1 for b in numbers):
         raise ArgumentError(f"betas must be two numbers of at least 0 and below 1, got {betas!r}")

@@ -141,22 +141,22 @@ def _has_derivative(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
 
-def _tensors(output: Any) -> Tensors:
+def _tensors(output: object) -> Tensors:
     found: Tensors = []
     _mapped(lambda x: found.append(x) or x, output)  # type: ignore[func-returns-value]
     return found
 
 
-def _rebuilt(template: Any, values: Tensors, others: Tensors) -> Any:
+def _rebuilt(template: object, values: Tensors, others: Tensors) -> Any:
     """The template with other tensors in the places of its own."""
     left, rest = iter(values), iter(others)
     return _mapped(lambda x: next(left if _has_derivative(x) else rest), template)
 
 
-def _mapped(function: Callable[[Tensor], Tensor], output: Any) -> Any:
+def _mapped(function: Callable[[Tensor], Tensor], output: object) -> Any:
     """The output with `function` of each of its tensors."""
 
-    def of_leaf(leaf: Any) -> Any:
+    def of_leaf(leaf: object) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
         if isinstance(leaf, PackedSequence):
