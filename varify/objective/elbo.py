@@ -175,11 +175,11 @@ class ELBO:
 def kl_weight(network: nn.Module, num_data: int) -> float:
     """The weight of the KL that `ELBO(beta="auto")` takes: num_data / (10 · number of variational weights), at most 1.
 
-    With ten data for each weight the loss is the evidence lower bound. A network with fewer goes to its prior under
-    the whole of it, the more so the wider it is: of a mean-field posterior the KL grows with every weight, and what the
-    data say does not (Coker et al. 2022, arXiv:2106.07052). Below ten the KL counts in proportion, which is a colder
-    posterior and no bound. Weights with a mask (padding, pruned) count as well. The factor was found by measurement:
-    `tests/benchmarks/defaults.py`.
+    With ten data for each weight the loss is the evidence lower bound. A network with fewer tends to end near its prior
+    under the whole of it, the more so the wider it is: the KL of a mean-field posterior grows with every weight, and
+    what the data say does not (Coker et al. 2022, arXiv:2106.07052). Below ten the KL counts in proportion, which is a
+    colder posterior and no bound. Weights with a mask (padding, pruned) count as well. The factor was found by
+    measurement: `tests/benchmarks/defaults.py`.
 
     Args:
         network: a variational module, or any module with variational parts.
