@@ -76,7 +76,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, monk
 def test_ctrl_c_leaves_a_whole_checkpoint_and_says_where(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "varify", "train", "--epochs", "500", "--out", str(folder)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def heeds_ctrl_c() -> None:  # also where the tests run in the background of a shell, which ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (folder / "checkpoint.pt").exists():
             time.sleep(0.2)
