@@ -64,6 +64,10 @@ def test_a_subclass_of_the_gaussian_prior_keeps_its_density() -> None:
     torch.testing.assert_close(q.kl_divergence(), expected, rtol=1e-3, atol=0)
     with pytest.raises(varify.PriorError, match="matches no parameter with a Gaussian prior"):
         varify.fit_prior(vnet)
+    with pytest.raises(varify.PriorError, match=r"0\.weight: Sharp"):
+        varify.optim.IVON(vnet, num_data=9)
+    assert "at the prior" not in str(vnet.summary())
+    assert "at-prior" in varify.diagnose(vnet).unchecked
 
 
 def test_a_class_of_anothers_name_is_not_taken_for_it() -> None:

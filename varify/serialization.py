@@ -39,7 +39,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
 
     Args:
         vnet: on any device.
-        path: of the file, by custom `*.safetensors`.
+        path: of the file, by convention `*.safetensors`.
 
     Raises:
         MissingFileError: the folder is not there.

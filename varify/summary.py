@@ -11,7 +11,7 @@ import torch
 from varify.graph.planning import Decision
 from varify.network.parameters import alias_names, first_slots
 from varify.posteriors import Posteriors, cuda_devices
-from varify.priors.gaussian import AT_PRIOR, Gaussian, kl_of_each_weight
+from varify.priors.gaussian import AT_PRIOR, is_gaussian, kl_of_each_weight
 from varify.weights.posterior import GaussianPosterior
 
 HEADER = ("parameter", "shape", "prior", "estimator", "mean sigma", "KL (nats)")
@@ -132,7 +132,7 @@ def _of_single_weights(q: GaussianPosterior) -> tuple[int, float, int | None]:
     """Number of weights, mean of |mu|/sigma, and how many are at the prior."""
     n = q.rho.numel()
     snr = float((q.mean.abs() / q.floored_sigma()[0]).mean()) if n else 0.0
-    return n, snr, int((kl_of_each_weight(q) < AT_PRIOR).sum()) if isinstance(q.prior, Gaussian) else None
+    return n, snr, int((kl_of_each_weight(q) < AT_PRIOR).sum()) if is_gaussian(q.prior) else None
 
 
 def _reported(name: str, estimator: str, decisions: Sequence[Mapping[str, Decision]]) -> str:

@@ -7,7 +7,8 @@ import torch
 from varify.errors import PriorError
 from varify.module import VariationalModule
 from varify.network.selection import matching
-from varify.priors import Gaussian, Prior
+from varify.priors import Gaussian
+from varify.priors.gaussian import is_gaussian
 from varify.weights.posterior import GaussianPosterior
 from varify.within import check_variational
 
@@ -31,7 +32,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     """
     check_variational(vnet, "varify.fit_prior")
     posteriors = dict(vnet.posteriors)
-    matched = [name for name in matching(posteriors, where) if _is_gaussian(posteriors[name].prior)]
+    matched = [name for name in matching(posteriors, where) if is_gaussian(posteriors[name].prior)]
     if not matched:
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
     fitted, new = {}, {}
@@ -45,11 +46,6 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         new[name] = _with_std(name, posteriors[name], fitted[name])
     vnet.posteriors.put_priors(new)
     return fitted
-
-
-def _is_gaussian(prior: Prior) -> bool:
-    """Whether it is the Gaussian prior; a subclass may have another density."""
-    return isinstance(prior, Gaussian) and type(prior).log_prob is Gaussian.log_prob
 
 
 def _with_std(name: str, q: GaussianPosterior, std: float) -> Gaussian:

@@ -13,7 +13,7 @@ from varify.analysis.evidence import Evidence, doubled, floating, share
 from varify.errors import listed
 from varify.objective.arguments import has_length
 from varify.objective.elbo import scalar
-from varify.priors.gaussian import AT_PRIOR, Gaussian, kl_of_each_weight
+from varify.priors.gaussian import AT_PRIOR, is_gaussian, kl_of_each_weight
 from varify.weights.posterior import GaussianPosterior
 from varify.within import learns_undrawn
 
@@ -95,8 +95,8 @@ def _eval_mode(e: Evidence) -> Found | str:
     "from small sigmas (init='relative') or a pretrained network, choose another prior, or varify.prune them",
 )
 def _at_prior(e: Evidence) -> Found | str:
-    known = {name: q for name, q in e.posteriors.items() if isinstance(q.prior, Gaussian) and q.unmasked().rho.numel()}
-    others = [name for name, q in e.posteriors.items() if not isinstance(q.prior, Gaussian)]
+    known = {name: q for name, q in e.posteriors.items() if is_gaussian(q.prior) and q.unmasked().rho.numel()}
+    others = [name for name, q in e.posteriors.items() if not is_gaussian(q.prior)]
     if not known:
         return f"the KL of a single weight is known for Gaussian priors, which none of {listed(e.posteriors)} has"
     with torch.no_grad():
@@ -222,10 +222,10 @@ def _summed_criterion(e: Evidence) -> Found | str:
 def _squared_error(e: Evidence) -> Found | str:
     with torch.no_grad():
         value = float(scalar(e.criterion(e.trained.output, e.batch.targets)))
-    outputs, wanted = floating(e.trained.output), floating(e.batch.targets)
+    outputs, labels = floating(e.trained.output), floating(e.batch.targets)
     if not outputs:
         return f"the network returns a {type(e.trained.output).__name__} without a tensor to compare with the targets"
-    for found, target in ((x, y) for x in outputs for y in wanted if x.shape == y.shape):
+    for found, target in ((x, y) for x in outputs for y in labels if x.shape == y.shape):
         mse = float(F.mse_loss(found.double(), target.double()))
         # the mean over a datum's targets too divides all of them
         for loss, var in ((mse, 0.5 * target[0].numel()), (mse * target.numel(), 0.5)):

@@ -6,7 +6,7 @@ from torch import Tensor, distributions
 
 from varify.errors import PriorError
 from varify.priors.distribution import Factorized
-from varify.priors.gaussian import Gaussian
+from varify.priors.gaussian import is_gaussian
 from varify.weights.prior import Prior
 
 
@@ -23,7 +23,7 @@ def moments(prior: Prior) -> Moments:
     Raises:
         PriorError: it is another one.
     """
-    if isinstance(prior, Gaussian) and type(prior).log_prob is Gaussian.log_prob and prior.std is not None:
+    if is_gaussian(prior) and prior.std is not None:
         return Moments(prior.mean, prior.std)
     if isinstance(prior, Factorized):
         p = prior.distribution

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -89,6 +89,11 @@ class Gaussian(Prior):
                 "a Gaussian prior without std has one only for a parameter: use for_parameter, or give std"
             )
         return self.std
+
+
+def is_gaussian(prior: Prior) -> TypeGuard[Gaussian]:
+    """Whether its density is the Gaussian one, which a subclass may have replaced by another."""
+    return isinstance(prior, Gaussian) and type(prior).log_prob is Gaussian.log_prob
 
 
 def normal_log_density(z: Tensor, std: Tensor | float) -> Tensor:

@@ -42,7 +42,8 @@ def register_kl(posterior: type, prior: type) -> Callable[[Rule], Rule]:
 def kl_divergence(q: Posterior, p: Prior) -> Tensor:
     r"""$\mathrm{KL}(q \| p)$ summed over every scalar of one parameter; `()`, nats, differentiable.
 
-    Exact by the rule of the nearest types, and by `estimated_kl` where there is none.
+    Exact by the rule of the nearest types, and by `estimated_kl` where there is none. A rule is for the density of its
+    own prior type: a subclass that defines another `log_prob` needs another rule.
     """
     for posterior_type in type(q).__mro__:
         for prior_type in type(p).__mro__:
