@@ -174,7 +174,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
         r"NoInit\.__init__ must call super\(\)\.__init__\(\) first",
     ),
     (lambda: varify.priors.register("x")(nn.Linear), varify.PriorError, "must be a subclass of varify.priors.Prior"),
-    (lambda: varify.priors.register(Sharp), varify.PriorError, "register takes the prior's name"),
+    (lambda: varify.priors.register(Sharp), varify.PriorError, "register takes the name"),
     (lambda: varify.inits.register("x")(nn.Linear), varify.InitError, "must be a subclass of varify.inits.Init"),
     (lambda: varify.inits.register(Scalar), varify.InitError, "register takes the name"),
     (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from varify.errors import InitError, PriorError, listed, positive_number
+from varify.naming import named
 from varify.network.parameters import Slot
 from varify.network.tree import HALF
 from varify.priors import Gaussian, Prior
@@ -64,22 +65,7 @@ def register(name: str) -> Callable[[InitType], InitType]:
     Raises:
         InitError: the name is that of another class.
     """
-    if not isinstance(name, str):
-        raise InitError(f"register takes the name, as in @varify.inits.register('wide'), got {name!r}")
-
-    def decorate(init_type: InitType) -> InitType:
-        if not (isinstance(init_type, type) and issubclass(init_type, Init)):
-            raise InitError(f"an initialization must be a subclass of varify.inits.Init, got {init_type!r}")
-        former = _BY_NAME.get(name)
-        if former is not None and (former.__module__, former.__qualname__) != (
-            init_type.__module__,
-            init_type.__qualname__,
-        ):
-            raise InitError(f"the name {name!r} is taken by {former.__module__}.{former.__qualname__}; choose another")
-        _BY_NAME[name] = init_type
-        return init_type
-
-    return decorate
+    return named(name, Init, "varify.inits.Init", _BY_NAME, InitError)
 
 
 def as_init(init: InitLike) -> Init:

@@ -72,7 +72,7 @@ class VariationalModule(nn.Module):
         if _estimates(self):
             return engine.estimate(args, kwargs)
         posteriors = engine.posteriors
-        return engine.run(posteriors.draw(self.drawing.noise) if draws else posteriors.means(), args, kwargs)
+        return engine.run(posteriors.draw(self.drawing.noise) if draws else posteriors.masked_means(), args, kwargs)
 
     def functional(self, *args: object, **kwargs: object) -> Callable[..., Any]:
         """The network as a pure function of its weights, for `torch.func`: `f(theta, *args, **kwargs)`.
@@ -179,7 +179,7 @@ class VariationalModule(nn.Module):
 
     def mean_model(self) -> nn.Module:
         """An ordinary copy of the user's network with the means for weights."""
-        return ordinary(self, lambda part: part.posteriors.means(), "mean_model()")
+        return ordinary(self, lambda part: part.posteriors.masked_means(), "mean_model()")
 
     def sample_model(self) -> nn.Module:
         """An ordinary copy of the user's network with one draw for weights."""

@@ -201,7 +201,7 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         """theta, a draw of every parameter by name; see `varify.weights.draw.draw`."""
         return draw(self.now(), noise)
 
-    def means(self) -> dict[str, Tensor]:
+    def masked_means(self) -> dict[str, Tensor]:
         """Of the parameters with a mask by name, each in its network's dtype; all others have mu for their mean."""
         return {name: cast(q.mean, q.mu.dtype) for name, q in self.masked().items()}
 

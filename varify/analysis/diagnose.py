@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.analysis.evidence import Batch, Evidence, posteriors_of, total_of
+from varify.analysis.evidence import Evidence, FirstBatch, posteriors_of, total_of
 from varify.analysis.findings import Diagnosis, Finding
 from varify.analysis.symptoms import CHECKS
 from varify.errors import ArgumentError, ModelError, positive_int
@@ -101,7 +101,7 @@ def _checked_network(vnet: Any) -> nn.Module:
     return network
 
 
-def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object) -> Batch | None:
+def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object) -> FirstBatch | None:
     if loader is not None and batch is not None:
         raise ArgumentError("loader and batch exclude each other: the batch that is looked at is the loader's first")
     if loader is None and batch is None:
@@ -113,7 +113,7 @@ def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object
         what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
         raise ArgumentError(f"a batch must be (inputs, targets), got a {what}")
     inputs, targets = pair
-    found = Batch.of(network, inputs, targets, total_of(network, loader))
+    found = FirstBatch.of(network, inputs, targets, total_of(network, loader))
     if not found.size:
         raise ArgumentError("a batch must have data, got inputs of length 0")
     return found

@@ -18,7 +18,7 @@ from varify.weights.posterior import GaussianPosterior
 from varify.within import sampling, variational_parts
 
 
-class Batch(NamedTuple):
+class FirstBatch(NamedTuple):
     """One batch; `size` data, of `total` in the loader, None where that is unknown."""
 
     args: tuple[Any, ...]
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     total: int | None
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: object, targets: object, total: int | None) -> "Batch":
+    def of(cls, network: nn.Module, inputs: object, targets: object, total: int | None) -> "FirstBatch":
         """`inputs` as for `ELBO`."""
         args, kwargs = unpack(inputs, network)
         return cls(args, kwargs, targets, size_of(network, inputs), total)
@@ -103,7 +103,7 @@ class Evidence:
     Attributes:
         network: only looked at.
         posteriors: of all variational parts, by name.
-        batch: a `Batch`; None if none was given, as are `criterion` and `num_data`: a check asks for what it needs.
+        batch: a `FirstBatch`; None if none was given, as are `criterion` and `num_data`: checks ask for what they need.
         criterion: to call.
         num_data: that the KL is divided by.
         beta: weight of the KL.

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import distributions
 
 from varify.errors import PriorError, listed
+from varify.naming import is_same, named
 from varify.weights.prior import Prior
 
 P = TypeVar("P", bound=type[Prior])
@@ -32,17 +33,10 @@ def register(name: str) -> Callable[[P], P]:
     Raises:
         PriorError: the name is that of another class.
     """
-    if not isinstance(name, str):
-        raise PriorError(f"register takes the prior's name, as in @varify.priors.register('cauchy'), got {name!r}")
+    put = named(name, Prior, "varify.priors.Prior", _BY_NAME, PriorError)
 
     def decorate(prior_type: P) -> P:
-        if not (isinstance(prior_type, type) and issubclass(prior_type, Prior)):
-            raise PriorError(f"a prior must be a subclass of varify.priors.Prior, got {prior_type!r}")
-        former = _BY_NAME.get(name)
-        if former is not None and not _same(former, prior_type):
-            raise PriorError(f"the name {name!r} is taken by {former.__module__}.{former.__qualname__}; choose another")
-        prior_type.kind = name
-        _BY_NAME[name] = prior_type
+        put(prior_type).kind = name
         return prior_type
 
     return decorate
@@ -91,7 +85,7 @@ def names() -> list[str]:
 def kind_of(prior_type: type[Prior]) -> str:
     """What a checkpoint calls a prior: its name, or module and class of one that is not registered."""
     registered = _BY_NAME.get(prior_type.kind)
-    if registered is not None and _same(registered, prior_type):
+    if registered is not None and is_same(registered, prior_type):
         return prior_type.kind
     return f"{prior_type.__module__}:{prior_type.__qualname__}"
 
@@ -108,11 +102,6 @@ def known_kinds() -> list[str]:
     """All that `of_kind` finds."""
     others = [kind_of(t) for t in _subclasses(Prior) if not t.__module__.startswith("varify.")]
     return list(dict.fromkeys([*names(), *others]))
-
-
-def _same(one: type, other: type) -> bool:
-    """Whether two classes are one, or one that was defined again, as in a notebook."""
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def _subclasses(base: type[Prior]) -> Iterator[type[Prior]]:
