@@ -19,6 +19,21 @@ def variational_parts(network: nn.Module) -> list[Any]:
     return [part for part in network.modules() if is_variational(part)]
 
 
+def required_parts(network: nn.Module) -> list[Any]:
+    """`variational_parts`, of which there must be one.
+
+    Raises:
+        ModelError: there is none.
+    """
+    parts = variational_parts(network)
+    if not parts:
+        raise ModelError(
+            f"the {type(network).__name__} has no variational parts, so there is no KL: "
+            "vnet = varify.variationalize(network) makes one"
+        )
+    return parts
+
+
 def check_variational(vnet: object, what: str) -> None:
     """Refuse what is no variational module.
 

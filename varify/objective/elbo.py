@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varify.errors import ArgumentError, ModelError, VarifyWarning, one_of, positive_int
+from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
 from varify.objective.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
-from varify.within import learns_undrawn, prior_loss, variational_parts
+from varify.within import learns_undrawn, prior_loss, required_parts, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
@@ -111,11 +111,7 @@ class ELBO:
             ArgumentError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
                 that may be one argument or several.
         """
-        if not variational_parts(vnet):
-            raise ModelError(
-                f"the {type(vnet).__name__} has no variational parts, so there is no KL: "
-                "vnet = varify.variationalize(network) makes one"
-            )
+        required_parts(vnet)
         args, kwargs = unpack(inputs, vnet)
         batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
@@ -188,13 +184,7 @@ def kl_weight(network: nn.Module, num_data: int) -> float:
     Raises:
         ModelError: nothing in `network` is variational.
     """
-    parts = variational_parts(network)
-    if not parts:
-        raise ModelError(
-            f"the {type(network).__name__} has no variational parts, so there is no KL: "
-            "vnet = varify.variationalize(network) makes one"
-        )
-    weights: int = sum(rho.numel() for part in parts for rho in part.rho.parameters())
+    weights: int = sum(rho.numel() for part in required_parts(network) for rho in part.rho.parameters())
     return min(1.0, positive_int("num_data", num_data) / (10 * max(weights, 1)))
 
 

@@ -13,7 +13,7 @@ from varify.network.sharding import refuse_sharded
 from varify.optim.gaussian_prior import moments
 from varify.optim.newton import averaged, newton_step
 from varify.weights.posterior import GaussianPosterior
-from varify.within import variational_parts
+from varify.within import required_parts, variational_parts
 
 
 class IVON(torch.optim.Optimizer):
@@ -81,11 +81,7 @@ class IVON(torch.optim.Optimizer):
                 f"IVON needs the network, to pair means and rho's, got a {type(network).__name__}: "
                 "varify.optim.IVON(vnet, ...), without .parameters()"
             )
-        if not variational_parts(network):
-            raise ModelError(
-                f"the {type(network).__name__} has no variational parts: vnet = varify.variationalize(network) makes "
-                "one"
-            )
+        required_parts(network)
         refuse_sharded(network, "IVON")
         defaults = {
             "lr": positive_number("lr", lr),
