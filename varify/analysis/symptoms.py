@@ -92,7 +92,7 @@ def _eval_mode(e: Evidence) -> Found | str:
 @check(
     "at-prior",
     change="such weights say nothing of the data, and only add noise (unless training starts there). Lower beta, start "
-    "from small sigmas (init='relative') or a pretrained network, choose another prior, or varify.prune them",
+    "from small sigmas (init='of_weights') or a pretrained network, choose another prior, or varify.prune them",
 )
 def _at_prior(e: Evidence) -> Found | str:
     known = {name: q for name, q in e.posteriors.items() if is_gaussian(q.prior) and q.unmasked().rho.numel()}
@@ -110,7 +110,7 @@ def _at_prior(e: Evidence) -> Found | str:
 @check(
     "collapsed",
     change="they are as good as deterministic. See that the criterion is a mean over the batch and num_data the number "
-    "of training data, lower rho's learning rate (varify.parameter_groups), and start again with init='relative'",
+    "of training data, lower rho's learning rate (varify.parameter_groups), and start again with init='of_weights'",
 )
 def _collapsed(e: Evidence) -> Found | str:
     with torch.no_grad():
