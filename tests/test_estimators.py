@@ -232,7 +232,7 @@ def test_fallbacks_are_reported_or_raised() -> None:
     assert reported["rnn.weight_ih_l0"] == "weights (local has no rule for gru)"
     with pytest.raises(varify.EstimatorError, match=r"strict=True.*scale: local has no rule for div"):
         varify.variationalize(Everything(), estimator="local", strict=True)(x)
-    globbed = varify.variationalize(Everything(), estimator={"fc.*": "flipout"}, strict=True)
+    globbed = varify.variationalize(Everything(), estimator={"*": "weights", "fc.*": "flipout"}, strict=True)
     globbed(x)
     reported = {row.names[0]: row.estimator for row in globbed.summary().rows}
     assert reported["fc.weight"] == "flipout"

@@ -64,6 +64,7 @@ def test_prior_loss_leaves_the_data_terms_gradient_alone(name: str, prior: tuple
     """The seed systems refill their noise in place: a second draw before backward corrupts the gradient of rho."""
     vnet = varify.variationalize(seeded(CASES[name]), prior=varify.priors.as_prior(prior[0], **prior[1]))
     args, kwargs = CASES[name].calls[0]
+    vnet(*args, **kwargs)  # the first call of its kind draws all weights
 
     def gradients(forwards: int, prior_loss_between: bool, together: bool) -> list[Tensor]:
         vnet.zero_grad()

@@ -29,7 +29,7 @@ def mlp() -> nn.Module:
 
 
 def make(net: nn.Module | None = None, **options: Any) -> varify.VariationalModule:
-    options = {"prior": priors.Gaussian(std=0.5), "init": inits.Constant(0.2), **options}
+    options = {"prior": priors.Gaussian(std=0.5), "init": inits.Constant(0.2), "estimator": "weights", **options}
     return varify.variationalize(mlp() if net is None else net, **options).train()
 
 

@@ -22,7 +22,7 @@ def variationalize(
     prior: PriorLike | Mapping[str, PriorLike] | None = None,
     where: WhereLike = None,
     init: InitLike | Mapping[str, InitLike] = None,
-    estimator: EstimatorLike | Mapping[str, EstimatorLike] = "weights",
+    estimator: EstimatorLike | Mapping[str, EstimatorLike] = "auto",
     strict: bool = False,
     batch_dim: int = 0,
     learn_mu: bool = True,
@@ -42,10 +42,11 @@ def variationalize(
             layers.
         init: how mu and rho start: a `varify.inits.Init`, the name of one, or `{glob: init}`. Default:
             `varify.inits.OfWeights()`, the weights as means and a tenth of their root mean square by tensor.
-        estimator: how gradients are estimated in training, or `{glob: estimator}`: "weights" draws the weights once a
-            forward; "local" draws the outputs of linear operations; "flipout" gives each example perturbations of its
-            own; "auto" takes of these the one with the least variance that is exact. Where an estimator is unavailable
-            (several uses, an operation without a rule) the weights are drawn, and `summary()` says why.
+        estimator: how gradients are estimated in training, or `{glob: estimator}` with the default elsewhere: "weights"
+            draws the weights once a forward; "local" draws the outputs of linear operations; "flipout" gives each
+            example perturbations of its own; "auto", the default, takes of these the one with the least variance that
+            is exact. Where an estimator is unavailable (several uses, an operation without a rule) the weights are
+            drawn, and `summary()` says why. The first training call draws them all, and is recorded.
         strict: raise an EstimatorError in that case, at the first call.
         batch_dim: the dimension of the network's inputs that counts examples, which estimators ask for: 1 for
             sequences of shape `(length, batch, ...)`. Which rows of each operation belong to one example is found out.
@@ -63,7 +64,7 @@ def variationalize(
     default: Prior = Gaussian(std=1.0)
     chosen_priors = by_glob(default if prior is None else prior, default, chosen, as_prior)
     chosen_inits = by_glob(init, as_init(None), chosen, as_init)
-    estimators = by_glob(estimator, "weights", chosen, check_estimator)
+    estimators = by_glob(estimator, "auto", chosen, check_estimator)
     bound = {name: bind(chosen_priors[name], slot) for name, slot in chosen.items()}
     network = copy_network(model)
     inside, padding = first_slots(network), padding_rows(model, chosen)

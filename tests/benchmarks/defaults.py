@@ -65,7 +65,7 @@ class Recipe:
     prior: str = "1.0"
     sigma: str = "weights:0.1"
     beta: str = "auto:0.1"
-    estimator: str = "weights"
+    estimator: str = "auto"
     rho_lr: float = 5.0
 
 
