@@ -1,6 +1,6 @@
 """varify: any torch network, made variational in one line."""
 
-from varify import estimators, inits, optim, priors, testing
+from varify import estimators, inits, optim, priors, propagation, testing
 from varify.analysis.description_length import DescriptionLength, description_length
 from varify.analysis.diagnose import diagnose
 from varify.analysis.findings import Diagnosis, Finding
@@ -16,6 +16,7 @@ from varify.errors import (
     MissingFileError,
     ModelError,
     PriorError,
+    PropagationError,
     SelectionError,
     StructureError,
     UnknownNameError,
@@ -28,6 +29,7 @@ from varify.objective import schedules
 from varify.objective.elbo import ELBO, Terms, kl_weight, parameter_groups
 from varify.objective.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
 from varify.prediction.prediction import Prediction
+from varify.propagation.prediction import GaussianPrediction
 from varify.serialization import load, save
 from varify.variationalize import variationalize
 from varify.weights.kl import register_kl
@@ -45,12 +47,14 @@ __all__ = [
     "Finding",
     "GaussianLikelihood",
     "GaussianPosterior",
+    "GaussianPrediction",
     "HeteroscedasticGaussianLikelihood",
     "InitError",
     "MissingFileError",
     "ModelError",
     "Prediction",
     "PriorError",
+    "PropagationError",
     "SelectionError",
     "StructureError",
     "Terms",
@@ -72,6 +76,7 @@ __all__ = [
     "parameter_groups",
     "prior_loss",
     "priors",
+    "propagation",
     "prune",
     "pruning_curve",
     "register_kl",

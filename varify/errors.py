@@ -39,6 +39,10 @@ class EstimatorError(VarifyError, ValueError):
     """An estimator is unknown, or is unavailable for a parameter where it is needed (`strict=True`)."""
 
 
+class PropagationError(VarifyError, RuntimeError):
+    """Mean and variance can't be propagated through an operation."""
+
+
 class StructureError(VarifyError, RuntimeError):
     """The network inside a variational one was rebuilt after the conversion."""
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from varify import state
 from varify.compiled import paired, run_compiled
 from varify.graph.engine import Engine, GraphModule, code_of
-from varify.network.copies import copy_network
 from varify.posteriors import Posteriors, Settings, Trees
 from varify.prediction.gather import gather
 from varify.priors.registry import PriorLike
+from varify.propagation.propagate import propagate
 from varify.summary import Summary, summarize
 from varify.weights.draw import Drawing
-from varify.within import ordinary, outputs_of_draws, prior_loss, sampling, variational_parts
+from varify.within import copied_children, ordinary, outputs_of_draws, prior_loss, sampling, variational_parts
 
 
 class VariationalModule(nn.Module):
@@ -124,6 +124,27 @@ class VariationalModule(nn.Module):
         """
         found = outputs_of_draws(self, args, kwargs, n_samples, vectorize, linearized)
         return gather(found.outputs, outputs, class_dim, found.vectorized)
+
+    def propagate(self, *args: object, outputs: str = "logits", class_dim: int = -1, **kwargs: object) -> Any:
+        """Mean and variance of each output, in eval mode, operation by operation in one pass: no draws.
+
+        Every intermediate tensor is taken for independent Gaussians (Wu et al. 2019, arXiv:1810.03958), which is exact
+        for one linear map and neglects that units share inputs and uses share weights; see `varify.propagation`.
+        Differentiable in mu and rho.
+
+        Args:
+            args: of the network, as are `kwargs`.
+            outputs: what the network returns, as in `predict`.
+            class_dim: the classes' dimension in one output.
+            kwargs: of the network.
+
+        Returns:
+            A `GaussianPrediction`; for a network that returns a structure, that structure with one for each tensor.
+
+        Raises:
+            PropagationError: an operation has no rule; it says which, and where in the network.
+        """
+        return propagate(self, args, kwargs, outputs, class_dim)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -261,7 +282,7 @@ class VariationalModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "VariationalModule":
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        children = {name: copy_network(child, memo) for name, child in self.named_children()}
+        children = copied_children(self, memo)
         own = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_modules"}
         new.__setstate__({**own, "_modules": children})
         return new

@@ -91,6 +91,11 @@ def refuse_nested(vnet: Any, what: str) -> None:
         )
 
 
+def copied_children(vnet: nn.Module, memo: dict[int, Any]) -> dict[str, nn.Module]:
+    """Copies of a module's children by name, for its `__deepcopy__`."""
+    return {name: copy_network(child, memo) for name, child in vnet.named_children()}
+
+
 @torch.no_grad()
 def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: str) -> nn.Module:
     """A copy of the user's network with other weights, also in the variational modules within it.

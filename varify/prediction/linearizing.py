@@ -143,17 +143,17 @@ def _has_derivative(x: Tensor) -> bool:
 
 def _tensors(output: object) -> Tensors:
     found: Tensors = []
-    _mapped(lambda x: found.append(x) or x, output)  # type: ignore[func-returns-value]
+    mapped(lambda x: found.append(x) or x, output)  # type: ignore[func-returns-value]
     return found
 
 
 def _rebuilt(template: object, values: Tensors, others: Tensors) -> Any:
     """The template with other tensors in the places of its own."""
     left, rest = iter(values), iter(others)
-    return _mapped(lambda x: next(left if _has_derivative(x) else rest), template)
+    return mapped(lambda x: next(left if _has_derivative(x) else rest), template)
 
 
-def _mapped(function: Callable[[Tensor], Tensor], output: object) -> Any:
+def mapped(function: Callable[[Tensor], Tensor], output: object) -> Any:
     """The output with `function` of each of its tensors."""
 
     def of_leaf(leaf: object) -> Any:
@@ -162,7 +162,7 @@ def _mapped(function: Callable[[Tensor], Tensor], output: object) -> Any:
         if isinstance(leaf, PackedSequence):
             return leaf._replace(data=function(leaf.data))
         if is_dataclass(leaf) and not isinstance(leaf, type):
-            return replace(leaf, **{f.name: _mapped(function, getattr(leaf, f.name)) for f in fields(leaf) if f.init})
+            return replace(leaf, **{f.name: mapped(function, getattr(leaf, f.name)) for f in fields(leaf) if f.init})
         return leaf
 
     return pytree.tree_map(of_leaf, output)

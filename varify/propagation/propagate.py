@@ -1,0 +1,88 @@
+"""One call of a network with every posterior's mean and variance in the place of a draw."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from varify.errors import ArgumentError
+from varify.network.sharding import gathered
+from varify.prediction.linearizing import mapped
+from varify.propagation.prediction import GaussianPrediction
+from varify.propagation.rules import Uncertain
+from varify.propagation.tensors import UncertainTensor, run_network
+from varify.weights.posterior import GaussianPosterior, cast
+from varify.within import refuse_nested
+
+
+def propagate(vnet: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: str, class_dim: int) -> Any:
+    """See `VariationalModule.propagate`."""
+    refuse_nested(vnet, "propagate")
+    with gathered(vnet):
+        engine = vnet.engine
+        theta = {name: UncertainTensor(w) for name, w in weights_of(engine).items()}
+
+        def call(network: Any) -> Any:
+            return run_network(network, args, kwargs)
+
+        output = engine.isolated.run(call, theta, training=False, buffers={})
+
+    def predicted(leaf: Tensor) -> Any:
+        if isinstance(leaf, UncertainTensor):
+            return GaussianPrediction(leaf.gaussian.mean, leaf.gaussian.var, outputs, class_dim)
+        return GaussianPrediction(leaf, torch.zeros_like(leaf), outputs, class_dim) if leaf.is_floating_point() else leaf
+
+    return mapped(predicted, output)
+
+
+class _Kept(NamedTuple):
+    """A weight's mean and variance, and what they were computed of: a posterior, and how often it had been written."""
+
+    gaussian: Uncertain
+    q: GaussianPosterior
+    versions: tuple[int, ...]
+
+
+# By engine, which ends with the module or its device: of calls without gradients, where only data change between calls.
+_KEPT: WeakKeyDictionary[Any, dict[str, _Kept]] = WeakKeyDictionary()
+
+
+def weights_of(engine: Any) -> dict[str, Uncertain]:
+    """Mean and variance of all weights by name, in the network's dtype.
+
+    Without gradients those of the last call are kept, with the squares of the means, until an optimizer or anything
+    else that torch knows of writes into mu or rho: they cost as much as a small batch.
+    """
+    posteriors: Mapping[str, GaussianPosterior] = engine.posteriors.now()
+    _refuse_half(posteriors)
+    if torch.is_grad_enabled():
+        _KEPT.pop(engine, None)
+        return {name: _gaussian(q) for name, q in posteriors.items()}
+    kept = _KEPT.setdefault(engine, {})
+    for name, q in posteriors.items():
+        versions, known = _versions(q), kept.get(name)
+        if known is None or known.q is not q or known.versions != versions or not versions:
+            kept[name] = _Kept(_gaussian(q), q, versions)
+    return {name: kept[name].gaussian for name in posteriors}
+
+
+def _gaussian(q: GaussianPosterior) -> Uncertain:
+    return Uncertain(cast(q.mean, q.mu.dtype), cast(q.sigma.square(), q.mu.dtype))
+
+
+def _versions(q: GaussianPosterior) -> tuple[int, ...]:
+    """How often each of the posterior's tensors was written; nothing where torch does not count."""
+    tensors = [t for t in (q.mu, q.rho, q.fixed) if t is not None]
+    return () if any(t.is_inference() for t in tensors) else tuple(t._version for t in tensors)
+
+
+def _refuse_half(posteriors: Mapping[str, GaussianPosterior]) -> None:
+    kind = next((q.mu.device.type for q in posteriors.values()), "cpu")
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    if half or any(q.mu.dtype == torch.float16 for q in posteriors.values()):
+        raise ArgumentError(
+            "propagate in half precision: variances of weights underflow there; call it in single precision "
+            "(vnet.float(), without autocast) or in bfloat16"
+        )
