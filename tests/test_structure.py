@@ -28,7 +28,18 @@ LAYERS = (
         "graph",
         "state",
     ),
-    *("state", "summary", "compiled", "within", "module", "variationalize", "objective", "optim", "serialization"),
+    *(
+        "state",
+        "summary",
+        "compiled",
+        "within",
+        "propagation",
+        "module",
+        "variationalize",
+        "objective",
+        "optim",
+        "serialization",
+    ),
     *("analysis", "testing", "experiments"),
 )
 MOST_LINES, MOST_CLASS_LINES, MOST_METHODS, MOST_IMPORTS = 300, 250, 25, 10
@@ -105,7 +116,9 @@ def test_the_core_needs_torch_and_numpy_alone_and_experiments_use_public_names()
             assert not outside - optional, f"{path.name} imports {outside}"
 
 
-@pytest.mark.parametrize("name", ["varify", *(f"varify.{n}" for n in ("estimators", "graph", "inits", "priors"))])
+@pytest.mark.parametrize(
+    "name", ["varify", *(f"varify.{n}" for n in ("estimators", "graph", "inits", "priors", "propagation"))]
+)
 def test_public_modules_say_what_is_public(name: str) -> None:
     module = importlib.import_module(name)
     listed = module.__all__

@@ -125,26 +125,7 @@ class VariationalModule(nn.Module):
         found = outputs_of_draws(self, args, kwargs, n_samples, vectorize, linearized)
         return gather(found.outputs, outputs, class_dim, found.vectorized)
 
-    def propagate(self, *args: object, outputs: str = "logits", class_dim: int = -1, **kwargs: object) -> Any:
-        """Mean and variance of each output, in eval mode, operation by operation in one pass: no draws.
-
-        Every intermediate tensor is taken for independent Gaussians (Wu et al. 2019, arXiv:1810.03958), which is exact
-        for one linear map and neglects that units share inputs and uses share weights; see `varify.propagation`.
-        Differentiable in mu and rho.
-
-        Args:
-            args: of the network, as are `kwargs`.
-            outputs: what the network returns, as in `predict`.
-            class_dim: the classes' dimension in one output.
-            kwargs: of the network.
-
-        Returns:
-            A `GaussianPrediction`; for a network that returns a structure, that structure with one for each tensor.
-
-        Raises:
-            PropagationError: an operation has no rule; it says which, and where in the network.
-        """
-        return propagate(self, args, kwargs, outputs, class_dim)
+    propagate = propagate
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

@@ -4,17 +4,15 @@ That neglects what they share: in `x + f(x)`, a residual connection, the varianc
 argument that meets itself, as in `x + x` and `x * x`, is known for itself.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from varify.propagation.products import variance_of_product
-from varify.propagation.rules import Op, Uncertain, mean_of, refuse_unless, rule, var_of
+from varify.propagation.products import product
+from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule, var_of
 
 
-def _sum(x: object, y: Any, alpha: float) -> Uncertain:
-    """x + alpha·y."""
+def sum_of(x: object, y: object, alpha: float = 1) -> Uncertain:
+    """`x + alpha * y`."""
     if x is y and isinstance(x, Uncertain):
         return Uncertain(x.mean * (1 + alpha), x.var * (1 + alpha) ** 2)
     mean: Tensor = torch.add(mean_of(x), mean_of(y), alpha=alpha)
@@ -28,20 +26,20 @@ def _sum(x: object, y: Any, alpha: float) -> Uncertain:
 @rule(torch.add)
 def add(op: Op, input: object, other: object, *, alpha: float = 1) -> Uncertain:
     """`input + alpha * other`."""
-    return _sum(input, other, alpha)
+    return sum_of(input, other, alpha)
 
 
 @rule(torch.sub)
 def sub(op: Op, input: object, other: object, *, alpha: float = 1) -> Uncertain:
     """`input - alpha * other`."""
-    return _sum(input, other, -alpha)
+    return sum_of(input, other, -alpha)
 
 
 @rule("__rsub__")
 def rsub(op: Op, input: Uncertain, other: object) -> Uncertain:
     """`other - input`."""
     negative = neg(torch.neg, input)
-    return _sum(negative, other, 1)
+    return sum_of(negative, other, 1)
 
 
 @rule(torch.neg, torch.negative)
@@ -51,22 +49,22 @@ def neg(op: Op, input: Uncertain) -> Uncertain:
 
 
 @rule(torch.mul)
-def mul(op: Op, input: Any, other: Any) -> Uncertain:
+def mul(op: Op, input: Operand, other: Operand) -> Operand:
     """`input * other`."""
-    if input is other:
+    if input is other and isinstance(input, Uncertain):
         return square(op, input)
-    x, y = (other, input) if not isinstance(input, Uncertain) else (input, other)
-    if not isinstance(y, (Uncertain, Tensor)):
-        return Uncertain(x.mean * y, x.var * y**2)
-    return Uncertain(x.mean * mean_of(y), variance_of_product(torch.mul, x, y))
+    if isinstance(input, Uncertain) and not isinstance(other, (Uncertain, Tensor)):
+        return Uncertain(input.mean * other, input.var * other**2)
+    return product(torch.mul, input, other)
 
 
 @rule(torch.div, torch.true_divide, "__truediv__")
-def div(op: Op, input: Any, other: Any, *, rounding_mode: str | None = None) -> Uncertain:
+def div(op: Op, input: Uncertain, other: Operand, *, rounding_mode: str | None = None) -> Uncertain:
     """`input / other`, of which the first is uncertain alone."""
     refuse_unless(rounding_mode is None, f"it rounds (rounding_mode={rounding_mode!r})")
     refuse_unless(not isinstance(other, Uncertain), "the ratio to what is Gaussian has no mean")
-    return Uncertain(input.mean / other, input.var / other**2)
+    divisor = mean_of(other)
+    return Uncertain(input.mean / divisor, input.var / divisor**2)
 
 
 @rule(torch.square)
@@ -76,7 +74,7 @@ def square(op: Op, input: Uncertain) -> Uncertain:
 
 
 @rule(torch.pow)
-def power(op: Op, input: Any, exponent: object) -> Uncertain:
+def power(op: Op, input: Uncertain, exponent: object) -> Uncertain:
     """x²; of other powers x alone."""
     refuse_unless(isinstance(input, Uncertain) and exponent in (1, 2), "the rule is for x ** 2 alone")
     return input if exponent == 1 else square(op, input)

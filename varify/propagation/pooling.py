@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.propagation.rules import Op, Uncertain, rule
+from varify.propagation.rules import Op, Sizes, Uncertain, rule
 
 _WITH_INDICES = {"max_pool1d": F.max_pool1d, "max_pool2d": F.max_pool2d, "max_pool3d": F.max_pool3d}
 
@@ -16,10 +16,10 @@ _WITH_INDICES = {"max_pool1d": F.max_pool1d, "max_pool2d": F.max_pool2d, "max_po
 def max_pool(
     op: Op,
     input: Uncertain,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Uncertain:
@@ -34,11 +34,11 @@ def max_pool(
     return Uncertain(mean, _at(input.var, indices, int(op.__name__[-2])))
 
 
-@rule(torch.adaptive_max_pool1d, torch._C._nn.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool3d)  # type: ignore[attr-defined]
-def adaptive_max_pool(op: Op, input: Uncertain, output_size: Any) -> tuple[Uncertain, Tensor]:
+@rule(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+def adaptive_max_pool(op: Op, input: Uncertain, output_size: Sizes, return_indices: bool = False) -> Uncertain:
     """See `max_pool`."""
-    mean, indices = op(input.mean, output_size)
-    return Uncertain(mean, _at(input.var, indices, int(op.__name__[-2]))), indices
+    mean, indices = op(input.mean, output_size, return_indices=True)
+    return Uncertain(mean, _at(input.var, indices, int(op.__name__[-2])))
 
 
 def _at(var: Tensor, indices: Tensor, dims: int) -> Tensor:
@@ -46,7 +46,7 @@ def _at(var: Tensor, indices: Tensor, dims: int) -> Tensor:
 
 
 @rule(torch.avg_pool1d, torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d)  # type: ignore[attr-defined]
-def avg_pool(op: Op, input: Uncertain, kernel_size: Any, *settings: Any, **named: Any) -> Uncertain:
+def avg_pool(op: Op, input: Uncertain, kernel_size: Sizes, *settings: object, **named: object) -> Uncertain:
     """Each output is a sum over d, where d may differ at borders: its variance is the same sum of variances over d²."""
     dims = int(op.__name__[-2])
     ones = torch.ones((1, *input.mean.shape[-dims:]), dtype=input.mean.dtype, device=input.mean.device)
@@ -59,7 +59,7 @@ def avg_pool(op: Op, input: Uncertain, kernel_size: Any, *settings: Any, **named
     )
 
 
-def _counts(ones: Tensor, kernel_size: Any, given: dict[str, Any], dims: int) -> Tensor:
+def _counts(ones: Tensor, kernel_size: Sizes, given: dict[str, Any], dims: int) -> Tensor:
     """The number of elements in each window."""
     stride, padding = given.get("stride") or kernel_size, given.get("padding", 0)
     ceil = given.get("ceil_mode", False)
@@ -72,7 +72,7 @@ def _counts(ones: Tensor, kernel_size: Any, given: dict[str, Any], dims: int) ->
 
 
 @rule(torch.adaptive_avg_pool1d, torch._C._nn.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool3d)  # type: ignore[attr-defined]
-def adaptive_avg_pool(op: Op, input: Uncertain, output_size: Any) -> Uncertain:
+def adaptive_avg_pool(op: Op, input: Uncertain, output_size: Sizes) -> Uncertain:
     """A mean of n elements has their mean variance over n; n differs where the output's size does not divide."""
     mean: Tensor = op(input.mean, output_size)
     dims = int(op.__name__[-2])

@@ -48,7 +48,7 @@ class GaussianPrediction:
         """
         if not 0 < q < 1:
             raise ArgumentError(f"q must lie within (0, 1), got {q}")
-        z = torch.special.ndtri(torch.tensor(q, dtype=torch.float64)).to(self.mean)
+        z: Tensor = torch.special.ndtri(torch.tensor(q, dtype=torch.float64)).to(self.mean)
         return self.mean + z * self.std
 
     def interval(self, level: float = 0.95, likelihood: Likelihood | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,9 @@ class GaussianPrediction:
         uniform = engine.draw(n_points, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
         eps = torch.special.ndtri(uniform).to(self.mean)
         if size > eps.shape[1]:
-            raise ArgumentError(f"a quasi-random sequence has at most {eps.shape[1]} dimensions, the classes are {size}")
+            raise ArgumentError(
+                f"a quasi-random sequence has at most {eps.shape[1]} dimensions, the classes are {size}"
+            )
         shape = [1] * self.mean.dim()
         if dim is not None:
             shape[dim] = size
@@ -99,7 +101,8 @@ class GaussianPrediction:
     def entropy(self) -> Tensor:
         """Entropy of the predictive probabilities, nats, the output's shape without classes: all of the uncertainty."""
         if self.outputs == "probabilities":
-            return torch.special.entr(self.mean).sum(self.class_dim)
+            entropy: Tensor = torch.special.entr(self.mean).sum(self.class_dim)
+            return entropy
         return self.draws().entropy()
 
     def mutual_information(self) -> Tensor:

@@ -12,19 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.propagation.rules import Op, Uncertain, mean_of, refuse_unless, rule, square_of, var_of
+from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule, square_of, var_of
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
 
-def variance_of_product(op: Callable[[Tensor, Tensor], Tensor], x: Any, w: Any) -> Tensor:
+def variance_of_product(op: Callable[[Tensor, Tensor], Tensor], x: Operand, w: Operand) -> Tensor:
     """The variance of `op(x, w)`, which sums products of an element of each; one of them at least is uncertain."""
-    if not isinstance(x, Uncertain):
-        return op(x.square(), w.var)
-    if not isinstance(w, Uncertain):
-        return op(x.var, w.square())
-    return op(x.second, w.var) + op(x.var, w.square)
+    if isinstance(x, Uncertain) and isinstance(w, Uncertain):
+        return op(x.second, w.var) + op(x.var, w.square)
+    return op(x.var, square_of(w)) if isinstance(x, Uncertain) else op(square_of(x), var_of(w))
+
+
+def product(op: Callable[[Tensor, Tensor], Tensor], x: Operand, w: Operand) -> Operand:
+    """`op(x, w)` of two independent arguments, which sums products of an element of each."""
+    mean = op(mean_of(x), mean_of(w))
+    is_random = isinstance(x, Uncertain) or isinstance(w, Uncertain)
+    return Uncertain(mean, variance_of_product(op, x, w)) if is_random else mean
 
 
 def plus(var: Tensor, other: Tensor | None) -> Tensor:
@@ -34,7 +39,7 @@ def plus(var: Tensor, other: Tensor | None) -> Tensor:
 
 @rule(F.linear, *_CONVOLUTIONS, *_TRANSPOSED)
 def affine(
-    op: Op, input: object, weight: object, bias: object = None, *settings: object, **named: object
+    op: Op, input: Operand, weight: Operand, bias: object = None, *settings: object, **named: object
 ) -> Uncertain:
     """Linear maps and convolutions; exact for a single output where the elements of the input are independent."""
     mean = op(mean_of(input), mean_of(weight), mean_of(bias), *settings, **named)
@@ -58,19 +63,19 @@ def _along(mean: Tensor, op: Op, bias: Tensor) -> Tensor:
 
 
 @rule(torch.matmul, torch.mm, torch.bmm, torch.mv, torch.dot, "__matmul__")
-def matmul(op: Op, input: object, other: object) -> Uncertain:
+def matmul(op: Op, input: Operand, other: Operand) -> Operand:
     """Matrix products; either side, or both, may be uncertain."""
-    return Uncertain(op(mean_of(input), mean_of(other)), variance_of_product(op, input, other))
+    return product(op, input, other)
 
 
 @rule("__rmatmul__")
-def rmatmul(op: Op, input: object, other: object) -> Uncertain:
+def rmatmul(op: Op, input: Operand, other: Operand) -> Operand:
     """`other @ input`."""
-    return matmul(torch.matmul, other, input)
+    return product(torch.matmul, other, input)
 
 
 @rule(torch.addmm, torch.baddbmm, torch.addmv)
-def addmm(op: Op, input: object, first: object, second: object, *, beta: float = 1, alpha: float = 1) -> Uncertain:
+def addmm(op: Op, input: Operand, first: Operand, second: Operand, *, beta: float = 1, alpha: float = 1) -> Uncertain:
     """`beta * input + alpha * first @ second`."""
     mean = op(mean_of(input), mean_of(first), mean_of(second), beta=beta, alpha=alpha)
     extra = var_of(input)
@@ -81,27 +86,25 @@ def addmm(op: Op, input: object, first: object, second: object, *, beta: float =
 
 
 @rule(torch.einsum)
-def einsum(op: Op, equation: str, *operands: object) -> Uncertain:
+def einsum(op: Op, equation: str, *operands: Any) -> Operand:
     """Sums of products of two arguments."""
     found: Any = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     refuse_unless(len(found) == 2, f"it has {len(found)} operands, and the rule is for two")
     x, w = found
-    mean = op(equation, mean_of(x), mean_of(w))
-    return Uncertain(mean, variance_of_product(lambda a, b: op(equation, a, b), x, w))
+    return product(lambda a, b: op(equation, a, b), x, w)
 
 
 @rule(F.bilinear)
-def bilinear(op: Op, input1: object, input2: object, weight: object, bias: object = None) -> Uncertain:
-    """x₁ᵀ w x₂: the mean of the squares less the square of the means."""
-    means, extra = [mean_of(a) for a in (input1, input2, weight)], var_of(bias)
-    one, two, w = (_with_var(a) for a in (input1, input2, weight))
-    # E[x₁²]E[x₂²]E[w²] − E[x₁]²E[x₂]²E[w]² without the difference of large numbers
-    var = op(one.second, two.second, w.var) + op(one.second, two.var, w.square) + op(one.var, two.square, w.square)
-    return Uncertain(op(*means, mean_of(bias)), plus(var, extra))
-
-
-def _with_var(value: Any) -> Uncertain:
-    return value if isinstance(value, Uncertain) else Uncertain(value, torch.zeros_like(value))
+def bilinear(op: Op, input1: Operand, input2: Operand, weight: Operand, bias: object = None) -> Uncertain:
+    """x₁ᵀ w x₂, in two products; the second is exact unless x₁ and x₂ are both uncertain."""
+    mean = op(*(mean_of(a) for a in (input1, input2, weight, bias)))
+    # first with the input that is not random: of the other, each element must meet the sums once
+    first, other, equations = (input1, input2, ("...i,oij->...oj", "...oj,...j->...o"))
+    if not isinstance(input2, Uncertain):
+        first, other, equations = (input2, input1, ("...j,oij->...oi", "...oi,...i->...o"))
+    inner = product(lambda x, w: torch.einsum(equations[0], x, w), first, weight)
+    var = var_of(product(lambda x, w: torch.einsum(equations[1], x, w), inner, other))
+    return Uncertain(mean, plus(torch.zeros_like(mean) if var is None else var, var_of(bias)))
 
 
 @rule(torch.embedding)

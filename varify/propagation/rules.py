@@ -13,8 +13,9 @@ def cumsum(op, input, dim):
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from varify.errors import PropagationError
@@ -22,6 +23,7 @@ from varify.errors import PropagationError
 # What a rule is given to call: the operation itself.
 Op = Callable[..., Any]
 Function = Callable[..., Any]
+_Rule = TypeVar("_Rule", bound=Function)
 
 
 class Uncertain:
@@ -54,6 +56,12 @@ class Uncertain:
         return f"Uncertain(shape={tuple(self.mean.shape)})"
 
 
+# What a rule may meet as a value.
+Operand = Tensor | Uncertain
+# Of a kernel, a stride, an output: one for all dimensions, or one for each.
+Sizes = int | list[int] | tuple[int, ...]
+
+
 def mean_of(value: object) -> Any:
     """The mean of what is uncertain; any other argument unchanged."""
     return value.mean if isinstance(value, Uncertain) else value
@@ -64,7 +72,12 @@ def var_of(value: object) -> Any:
     return value.var if isinstance(value, Uncertain) else None
 
 
-def square_of(value: Any) -> Tensor:
+def with_var(value: Operand) -> Uncertain:
+    """What is uncertain, or a tensor with variance 0."""
+    return value if isinstance(value, Uncertain) else Uncertain(value, torch.zeros_like(value))
+
+
+def square_of(value: Operand) -> Tensor:
     """The square of a tensor, or that of the mean of what is uncertain."""
     square: Tensor = value.square if isinstance(value, Uncertain) else value.square()
     return square
@@ -82,19 +95,19 @@ def canonical(operation: object) -> Any:
         return operation
     name = getattr(operation, "__name__", "")
     if name in ("__get__", "__set__"):
-        return f"{name[2:5]} {getattr(operation, '__self__', operation).__name__}"
+        return f"{name[2:5]} {getattr(getattr(operation, '__self__', None), '__name__', '')}"
     is_python = isinstance(operation, types.FunctionType) and operation.__module__ != "torch._tensor"
     return operation if is_python else name
 
 
-def rule(*operations: object) -> Callable[[Function], Function]:
+def rule(*operations: object) -> Callable[[_Rule], _Rule]:
     """Decorate the rule of one or more operations.
 
     Args:
         operations: each a torch function, or the name of a tensor's method; the later rule of an operation counts.
     """
 
-    def register(function: Function) -> Function:
+    def register(function: _Rule) -> _Rule:
         for operation in operations:
             _RULES[canonical(operation)] = function
         return function

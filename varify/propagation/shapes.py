@@ -3,13 +3,14 @@
 Elements that are repeated are taken for independent afterwards.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.propagation.rules import Op, Uncertain, mean_of, refuse_unless, rule
+from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule, with_var
 
 _METHODS = (
     *("view", "view_as", "reshape_as", "expand", "expand_as", "repeat", "contiguous", "clone", "detach", "to", "float"),
@@ -41,27 +42,27 @@ def parts(op: Op, input: Uncertain, *settings: object, **named: object) -> tuple
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack)
-def joined(op: Op, tensors: Any, *settings: object, **named: object) -> Uncertain:
+def joined(op: Op, tensors: Sequence[Operand], *settings: object, **named: object) -> Uncertain:
     """Several tensors as one; what is not random has variance 0."""
-    variances = [t.var if isinstance(t, Uncertain) else torch.zeros_like(t) for t in tensors]
-    return Uncertain(op([mean_of(t) for t in tensors], *settings, **named), op(variances, *settings, **named))
+    found = [with_var(t) for t in tensors]
+    return Uncertain(op([x.mean for x in found], *settings, **named), op([x.var for x in found], *settings, **named))
 
 
 @rule(torch._C._nn.pad)  # type: ignore[attr-defined]
-def pad(op: Op, input: Uncertain, pad: Any, mode: str = "constant", value: float | None = None) -> Uncertain:
+def pad(op: Op, input: Uncertain, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Uncertain:
     """A constant around has variance 0; reflected and replicated elements have their own."""
     return Uncertain(op(input.mean, pad, mode, value), op(input.var, pad, mode, None))
 
 
 @rule(torch.masked_fill)
-def masked_fill(op: Op, input: Any, mask: Tensor, value: object) -> Uncertain:
+def masked_fill(op: Op, input: Uncertain, mask: Tensor, value: object) -> Uncertain:
     """What is filled in is not random."""
     refuse_unless(not isinstance(value, Uncertain), "what it fills in is uncertain; torch.where takes that")
     return Uncertain(op(input.mean, mask, value), op(input.var, mask, 0.0))
 
 
 @rule(torch.where)
-def where(op: Op, condition: object, input: Any, other: Any) -> Uncertain:
+def where(op: Op, condition: object, input: object, other: object) -> Uncertain:
     """A choice by what is not random."""
     refuse_unless(not isinstance(condition, Uncertain), "its condition is uncertain")
     one, two = (a.var if isinstance(a, Uncertain) else torch.zeros(()) for a in (input, other))
@@ -77,9 +78,7 @@ def made_alike(op: Op, input: Uncertain, *settings: object, **named: object) -> 
 
 
 @rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
-def dropout(
-    op: Op, input: Uncertain, p: float = 0.5, training: bool | None = None, inplace: bool = False
-) -> Uncertain:
+def dropout(op: Op, input: Uncertain, p: float = 0.5, training: bool | None = None, inplace: bool = False) -> Uncertain:
     """Nothing, in eval mode."""
     by_default = op in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
     drops = by_default if training is None else training

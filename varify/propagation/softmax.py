@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varify.propagation.products import matmul
-from varify.propagation.rules import Op, Uncertain, mean_of, refuse_unless, rule
+from varify.propagation.products import product
+from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule
 
 
 @rule(torch.softmax, "softmax")
@@ -37,41 +37,39 @@ def log_softmax(op: Op, input: Uncertain, dim: int, dtype: torch.dtype | None = 
 @rule(torch._C._nn.scaled_dot_product_attention)  # type: ignore[attr-defined]
 def attention(
     op: Op,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
+) -> Operand:
     """Softmax(q kᵀ / √d) v, as the operations that it stands for; q, k and v are taken for independent."""
     refuse_unless(dropout_p == 0, "it drops at random, whatever the mode")
     refuse_unless(not enable_gqa, "heads that share keys (enable_gqa=True) are not foreseen")
     refuse_unless(not isinstance(attn_mask, Uncertain), "its mask is uncertain")
     q, k = mean_of(query), mean_of(key)
-    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    turned = Uncertain(k.mT, key.var.mT) if isinstance(key, Uncertain) else k.mT
-    scores: Any = q @ turned if not isinstance(query, Uncertain) and isinstance(turned, Tensor) else None
-    if scores is None:
-        found = matmul(torch.matmul, query, turned)
-        scores = Uncertain(found.mean * factor, found.var * factor**2)
-    else:
-        scores = scores * factor
     if is_causal:
         attn_mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    weights = _masked(scores, attn_mask)
-    weights = softmax(op, weights, -1) if isinstance(weights, Uncertain) else weights.softmax(-1)
-    if not isinstance(weights, Uncertain) and not isinstance(value, Uncertain):
-        return weights @ value
-    return matmul(torch.matmul, weights, value)
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = product(lambda a, b: a @ b.mT, query, key)
+    if isinstance(scores, Uncertain):
+        scores = Uncertain(scores.mean * factor, scores.var * factor**2)
+        weights: Operand = softmax(op, _masked(scores, attn_mask), -1)
+    else:
+        weights = mean_of(_masked(scores * factor, attn_mask)).softmax(-1)
+    return product(torch.matmul, weights, value)
 
 
-def _masked(scores: Any, mask: Any) -> Any:
+def _masked(scores: Operand, mask: Tensor | None) -> Any:
+    """The scores plus a mask, or without those where it is False."""
     if mask is None:
         return scores
-    added = torch.zeros_like(mask, dtype=mean_of(scores).dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+    mean = mean_of(scores)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=mean.dtype, device=mean.device).masked_fill(~mask, -math.inf)
     if not isinstance(scores, Uncertain):
-        return scores + added
-    return Uncertain(scores.mean + added, scores.var.masked_fill(added == -math.inf, 0.0))
+        return mean + mask
+    return Uncertain(mean + mask, scores.var.masked_fill(mask == -math.inf, 0.0))

@@ -37,7 +37,7 @@ class UncertainTensor(Tensor):
     shares: bool
 
     @staticmethod
-    def __new__(cls, gaussian: Uncertain) -> "UncertainTensor":
+    def __new__(cls, gaussian: Uncertain) -> "UncertainTensor":  # noqa: D102
         mean, var = gaussian.mean, gaussian.var
         new: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, mean.shape, dtype=mean.dtype, device=mean.device, requires_grad=mean.requires_grad or var.requires_grad
@@ -72,7 +72,7 @@ class UncertainTensor(Tensor):
     def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> Any:  # type: ignore[override]
         raise _refused(func, "it runs where torch functions are not seen, as in TorchScript")
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"UncertainTensor(shape={tuple(self.gaussian.mean.shape)})"
 
 
@@ -85,7 +85,7 @@ def gaussians_of(value: object) -> Any:
     return value
 
 
-def _called(rule: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _called(rule: Callable[..., Any], func: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     positional, named = [gaussians_of(a) for a in args], {key: gaussians_of(a) for key, a in kwargs.items()}
     if "out" in named:
         raise _refused(func, "it writes into out=")
@@ -97,9 +97,9 @@ def _called(rule: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: 
         raise _refused(func, f"its rule does not take these arguments ({error})") from error
 
 
-def _wrapped(result: Any, args: tuple[Any, ...]) -> Any:
+def _wrapped(result: object, args: tuple[Any, ...]) -> Any:
     if isinstance(result, (list, tuple)):
-        return type(result)(_wrapped(item, args) for item in result)
+        return type(result)([_wrapped(item, args) for item in result])
     if not isinstance(result, Uncertain):
         return result
     first = args[0] if args else None
@@ -113,7 +113,7 @@ def _wrapped(result: Any, args: tuple[Any, ...]) -> Any:
     return new
 
 
-def _in_place(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _in_place(func: object, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """An operation that writes its result into its first argument."""
     target = args[0]
     if not isinstance(target, UncertainTensor):
