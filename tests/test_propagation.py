@@ -116,6 +116,11 @@ ELEMENTWISE: dict[str, tuple[Callable[[Any], Any], float]] = {
     "x * x": (lambda x: x * x, 1e-8),
     "x + x": (lambda x: x + x, 1e-8),
     "exp": (lambda x: torch.exp(0.3 * x), 1e-8),
+    "clamp": (lambda x: x.clamp(-0.3, 0.5), 1e-8),
+    "clamp below": (lambda x: torch.clamp(x, min=0.5), 1e-8),
+    "clamp above": (lambda x: x.clamp_max(0.5), 1e-8),
+    "hardswish": (F.hardswish, 2e-2),  # a derivative jumps
+    "tanhshrink": (F.tanhshrink, 2e-3),
     "affine": (lambda x: 2 - (3 * x + 1) / 4, 1e-8),
     "minus": (lambda x: torch.sub(-x, 1.5, alpha=2), 1e-8),
     "tanh": (torch.tanh, 2e-3),
@@ -148,7 +153,8 @@ def test_functions_of_an_element_against_fine_quadrature(name: str) -> None:
     assert (got.var >= 0).all()
 
 
-def test_sums_of_two() -> None:
+def test_sums_and_products_of_two() -> None:
+    assert_moments_of_draws(lambda x: F.glu(x, 0), uncertain(4, 3))
     assert_moments_of_draws(lambda x, y: torch.add(y, x, alpha=-3), uncertain(6), uncertain(2, 6))
     assert_moments_of_draws(lambda x, y: y * x - x.new_ones(1) + torch.zeros_like(y), uncertain(6), uncertain(2, 6))
 
@@ -389,6 +395,45 @@ def test_writing_in_place_reaches_views_and_what_they_are_views_of() -> None:
         assert torch.allclose(got.var.flatten(), var.flatten())
 
 
+def test_writing_in_place_never_reaches_what_is_no_view() -> None:
+    x = uncertain(2, 3)
+    var = x.gaussian.var.clone()
+    for shifted in (x + 1, -x, x - 2 * torch.ones(3).double()):
+        row = shifted[0]
+        with pytest.raises(varify.PropagationError, match=r"mul_.*used elsewhere"):
+            row.mul_(3.0)  # the variance may be that of x
+        shifted.mul_(3.0) if not shifted.shares else None
+    y = x + 1
+    y[0] = 0.0
+    y.mul_(3.0)
+    assert torch.equal(x.gaussian.var, var)
+    assert torch.allclose(y.gaussian.var[1], 9 * var[1])
+    assert (y.gaussian.var[0] == 0).all()
+    with pytest.raises(varify.PropagationError, match="shape or type"):
+        y.unsqueeze_(0)
+
+
+class WritesWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fc.weight[0].mul_(2.0)
+        return self.fc(x)
+
+
+def test_writing_into_a_parameter_is_refused() -> None:
+    vnet = variational(WritesWeights())
+    before = vnet.module.fc.weight.clone()
+    with (
+        torch.no_grad(),
+        pytest.raises(varify.PropagationError, match=r"mul_ in forward .WritesWeights.*used elsewhere"),
+    ):
+        vnet.propagate(plain(2, 3))
+    assert torch.equal(vnet.module.fc.weight, before)
+
+
 def test_what_is_not_random_runs_by_plain_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
     called = tensors._called
@@ -582,12 +627,15 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "cube": (lambda x: x**3, "pow", "x \\*\\* 2"),
     "three operands": (lambda x: torch.einsum("bi,ij,jk->bk", x, x.T, x), "einsum", "3 operands"),
+    "integers": (lambda x: x.to(torch.int64), "to", "it rounds"),
+    "half": (lambda x: x.to(torch.float16), "to", "half precision"),
+    "attribute": (lambda x: x.data, "data", "it has no rule"),
     "an argument": (lambda x: torch.sum(x, 0, out=x), "sum", "out="),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_no_rule_is_said_by_operationand_place_and_changes_nothing(name: str) -> None:
+def test_what_has_no_rule_is_said_by_name_and_place_and_changes_nothing(name: str) -> None:
     what, operation, why = REFUSED[name]
 
     class Outer(nn.Module):
@@ -606,7 +654,7 @@ def test_what_has_no_rule_is_said_by_operationand_place_and_changes_nothing(name
     ):
         vnet.propagate(x)
     assert all(torch.equal(value, before[key]) for key, value in vnet.state_dict().items())
-    vnet.train()(x) if name not in ("numpy", "written into", "an argument") else None
+    vnet.train()(x) if name not in ("numpy", "written into", "an argument", "half", "integers") else None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -619,7 +667,7 @@ def test_torchscript_is_refused() -> None:
 
 def test_batch_normalization_without_running_statistics_is_refused() -> None:
     vnet = variational(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False)))
-    with pytest.raises(varify.PropagationError, match="batch_norm in 1 .BatchNorm1d.*statistics of the batch"):
+    with pytest.raises(varify.PropagationError, match=r"batch_norm in 1 .BatchNorm1d.*statistics of the batch"):
         vnet.propagate(plain(4, 3))
 
 

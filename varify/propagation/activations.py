@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.propagation.rules import Op, Operand, Uncertain, rule, with_var
+from varify.propagation.products import product
+from varify.propagation.rules import Op, Operand, Uncertain, refuse_unless, rule, with_var
 
+_N: Any = torch._C._nn  # where torch has the activations that `F` hands on
 # Of the trapezoidal rule, over `_REACH` standard deviations to either side; odd, so that one node is the mean. The rule
 # converges geometrically for what is analytic (Trefethen & Weideman 2014, SIAM Review 56): at a standard deviation of 2
 # as many nodes of Gauss-Hermite are off by ten times as much, since theirs are farther apart where the density is.
@@ -74,7 +76,7 @@ def relu(op: Op, input: Uncertain) -> Uncertain:
     return rectified(input.mean, input.var)
 
 
-@rule(torch._C._nn.leaky_relu)  # type: ignore[attr-defined]
+@rule(_N.leaky_relu)
 def leaky_relu(op: Op, input: Uncertain, negative_slope: float = 0.01) -> Uncertain:
     """A·x + (1 − a)·max(x, 0), exactly: the covariance of x and max(x, 0) is vΦ(m/s) (Stein 1981)."""
     a, positive = negative_slope, rectified(input.mean, input.var)
@@ -97,22 +99,38 @@ def prelu(op: Op, input: Operand, weight: Operand) -> Uncertain:
     return Uncertain(above.mean - w * below.mean, var)
 
 
-@rule(torch._C._nn.hardtanh)  # type: ignore[attr-defined]
+@rule(_N.hardtanh)
 def hardtanh(op: Op, input: Uncertain, min_val: float = -1.0, max_val: float = 1.0) -> Uncertain:
     """X within bounds, exactly."""
     return _clipped(input, min_val, max_val)
 
 
-@rule(torch._C._nn.relu6)  # type: ignore[attr-defined]
+@rule(_N.relu6)
 def relu6(op: Op, input: Uncertain) -> Uncertain:
     """X within 0 and 6, exactly."""
     return _clipped(input, 0.0, 6.0)
 
 
-@rule(torch._C._nn.hardsigmoid)  # type: ignore[attr-defined]
+@rule(_N.hardsigmoid)
 def hardsigmoid(op: Op, input: Uncertain) -> Uncertain:
     """X/6 + 1/2 within 0 and 1, exactly."""
     return _clipped(Uncertain(input.mean / 6 + 0.5, input.var / 36), 0.0, 1.0)
+
+
+@rule(torch.clamp, torch.clip, torch.clamp_min, torch.clamp_max)
+def clamp(op: Op, input: Uncertain, *bounds: float | None, **named: float | None) -> Uncertain:
+    """X within bounds, exactly."""
+    names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(op.__name__, ("min", "max"))
+    given = dict(zip(names, bounds, strict=False)) | named
+    low, high = given.get("min"), given.get("max")
+    refuse_unless(not any(isinstance(b, (Tensor, Uncertain)) for b in (low, high)), "its bounds are tensors")
+    if high is None:
+        above = rectified(input.mean - low, input.var) if low is not None else input
+        return Uncertain(above.mean + (low or 0.0), above.var)
+    if low is None:
+        below = rectified(high - input.mean, input.var)
+        return Uncertain(high - below.mean, below.var)
+    return _clipped(input, low, high)
 
 
 def _clipped(x: Uncertain, low: float, high: float) -> Uncertain:
@@ -168,8 +186,15 @@ def quadrature(function: Callable[[Tensor], Tensor], x: Uncertain) -> Uncertain:
     return Uncertain(at_mean + first, (second - first.square()).clamp_min(0))
 
 
-@rule(torch.tanh, torch.sigmoid, torch.erf, torch._C._nn.gelu, torch._C._nn.silu, torch._C._nn.mish)  # type: ignore[attr-defined]
-@rule(torch._C._nn.softplus, torch._C._nn.elu, torch.selu, torch.celu, torch._C._nn.log_sigmoid, F.tanhshrink)  # type: ignore[attr-defined]
+@rule(torch.tanh, torch.sigmoid, torch.erf, _N.gelu, _N.silu, _N.mish, _N.softplus, _N.log_sigmoid, F.tanhshrink)
+@rule(_N.elu, torch.selu, torch.celu, _N.hardswish)
 def smooth(op: Op, input: Uncertain, *settings: object, **named: object) -> Uncertain:
-    """A smooth activation, by quadrature."""
+    """A smooth activation, by quadrature; of the last four a derivative jumps, which costs digits."""
     return quadrature(lambda x: op(x, *settings, **named), input)
+
+
+@rule(_N.glu)
+def glu(op: Op, input: Uncertain, dim: int = -1) -> Operand:
+    """One half times the sigmoid of the other, which are independent."""
+    (m, gate_m), (v, gate_v) = (t.chunk(2, dim) for t in (input.mean, input.var))
+    return product(torch.mul, Uncertain(m, v), quadrature(torch.sigmoid, Uncertain(gate_m, gate_v)))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from varify.propagation.rules import Op, Sizes, Uncertain, rule
 
+_N: Any = torch._C._nn  # where torch has what `F` hands on
+
 _WITH_INDICES = {"max_pool1d": F.max_pool1d, "max_pool2d": F.max_pool2d, "max_pool3d": F.max_pool3d}
 
 
@@ -45,7 +47,7 @@ def _at(var: Tensor, indices: Tensor, dims: int) -> Tensor:
     return var.flatten(-dims).gather(-1, indices.flatten(-dims)).view_as(indices)
 
 
-@rule(torch.avg_pool1d, torch._C._nn.avg_pool2d, torch._C._nn.avg_pool3d)  # type: ignore[attr-defined]
+@rule(torch.avg_pool1d, _N.avg_pool2d, _N.avg_pool3d)
 def avg_pool(op: Op, input: Uncertain, kernel_size: Sizes, *settings: object, **named: object) -> Uncertain:
     """Each output is a sum over d, where d may differ at borders: its variance is the same sum of variances over d²."""
     dims = int(op.__name__[-2])
@@ -71,7 +73,7 @@ def _counts(ones: Tensor, kernel_size: Sizes, given: dict[str, Any], dims: int) 
     return F.avg_pool2d(ones.unsqueeze(-2), (1, k), (1, s), (0, p), ceil, divisor_override=1).squeeze(-2)
 
 
-@rule(torch.adaptive_avg_pool1d, torch._C._nn.adaptive_avg_pool2d, torch._C._nn.adaptive_avg_pool3d)  # type: ignore[attr-defined]
+@rule(torch.adaptive_avg_pool1d, _N.adaptive_avg_pool2d, _N.adaptive_avg_pool3d)
 def adaptive_avg_pool(op: Op, input: Uncertain, output_size: Sizes) -> Uncertain:
     """A mean of n elements has their mean variance over n; n differs where the output's size does not divide."""
     mean: Tensor = op(input.mean, output_size)

@@ -45,7 +45,7 @@ def propagate(vnet: Any, *args: object, outputs: str = "logits", class_dim: int 
     refuse_nested(vnet, "propagate")
     with gathered(vnet):
         engine = vnet.engine
-        theta = {name: UncertainTensor(w) for name, w in weights_of(engine).items()}
+        theta = {name: UncertainTensor(w, owns=False) for name, w in weights_of(engine).items()}
 
         def call(network: nn.Module) -> Any:
             return run_network(network, args, kwargs)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule, with_var
 
+_N: Any = torch._C._nn  # where torch has what `F` hands on
+
 _METHODS = (
     *("view", "view_as", "reshape_as", "expand", "expand_as", "repeat", "contiguous", "clone", "detach", "to", "float"),
     *("double", "bfloat16", "type_as", "cpu", "cuda", "__getitem__", "unfold"),
@@ -31,7 +33,10 @@ def moved(op: Op, input: Uncertain, *settings: object, **named: object) -> Uncer
     others = (*settings, *named.values())
     refuse_unless(isinstance(input, Uncertain), "its positions are uncertain")
     refuse_unless(not any(isinstance(a, Uncertain) for a in others), "its positions are uncertain")
-    return Uncertain(op(input.mean, *settings, **named), op(input.var, *settings, **named))
+    mean, var = op(input.mean, *settings, **named), op(input.var, *settings, **named)
+    refuse_unless(mean.is_floating_point(), "it rounds")
+    refuse_unless(mean.dtype != torch.float16, "variances underflow in half precision")
+    return Uncertain(mean, var)
 
 
 @rule(torch.chunk, torch.split, "split", torch.tensor_split, torch.unbind, torch.split_with_sizes)
@@ -48,7 +53,7 @@ def joined(op: Op, tensors: Sequence[Operand], *settings: object, **named: objec
     return Uncertain(op([x.mean for x in found], *settings, **named), op([x.var for x in found], *settings, **named))
 
 
-@rule(torch._C._nn.pad)  # type: ignore[attr-defined]
+@rule(_N.pad)
 def pad(op: Op, input: Uncertain, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Uncertain:
     """A constant around has variance 0; reflected and replicated elements have their own."""
     return Uncertain(op(input.mean, pad, mode, value), op(input.var, pad, mode, None))
@@ -86,7 +91,7 @@ def dropout(op: Op, input: Uncertain, p: float = 0.5, training: bool | None = No
     return input
 
 
-@rule(torch._C._nn.upsample_nearest1d, torch._C._nn.upsample_nearest2d, torch._C._nn.upsample_nearest3d)  # type: ignore[attr-defined]
+@rule(_N.upsample_nearest1d, _N.upsample_nearest2d, _N.upsample_nearest3d)
 def repeated(op: Op, input: Uncertain, *settings: object) -> Uncertain:
     """Each element repeated."""
     return Uncertain(op(input.mean, *settings), op(input.var, *settings))

@@ -9,6 +9,8 @@ from torch import Tensor
 from varify.propagation.products import product
 from varify.propagation.rules import Op, Operand, Uncertain, mean_of, refuse_unless, rule
 
+_N: Any = torch._C._nn  # where torch has what `F` hands on
+
 
 @rule(torch.softmax, "softmax")
 def softmax(op: Op, input: Uncertain, dim: int, dtype: torch.dtype | None = None) -> Uncertain:
@@ -34,7 +36,7 @@ def log_softmax(op: Op, input: Uncertain, dim: int, dtype: torch.dtype | None = 
     return Uncertain(logs, _var_of_log(logs.exp(), logits.var, dim))
 
 
-@rule(torch._C._nn.scaled_dot_product_attention)  # type: ignore[attr-defined]
+@rule(_N.scaled_dot_product_attention)
 def attention(
     op: Op,
     query: Operand,

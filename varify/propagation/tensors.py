@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from varify.errors import PropagationError
 from varify.graph.recording import inside
@@ -30,22 +31,25 @@ class UncertainTensor(Tensor):
 
     Attributes:
         gaussian: its mean and variance.
-        shares: whether another such tensor may have the same memory, as a view has.
+        shares: whether another such tensor is a view of this one, or this one of another.
+        owns: whether its memory is this call's, and that of its views alone: it is not that of a parameter, and no
+            other tensor has the same variance beside another mean.
     """
 
     gaussian: Uncertain
     shares: bool
+    owns: bool
 
     @staticmethod
-    def __new__(cls, gaussian: Uncertain) -> "UncertainTensor":  # noqa: D102
+    def __new__(cls, gaussian: Uncertain, owns: bool = True) -> "UncertainTensor":  # noqa: D102
         mean, var = gaussian.mean, gaussian.var
         new: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, mean.shape, dtype=mean.dtype, device=mean.device, requires_grad=mean.requires_grad or var.requires_grad
         )
-        new.gaussian, new.shares = gaussian, False
+        new.gaussian, new.shares, new.owns = gaussian, False, owns
         return new  # type: ignore[no-any-return]
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
 
     @classmethod
@@ -98,19 +102,32 @@ def _called(rule: Callable[..., Any], func: object, args: tuple[Any, ...], kwarg
 
 
 def _wrapped(result: object, args: tuple[Any, ...]) -> Any:
+    """The result as a tensor for the user's code; notes which tensors have the same memory."""
     if isinstance(result, (list, tuple)):
         return type(result)([_wrapped(item, args) for item in result])
     if not isinstance(result, Uncertain):
         return result
-    first = args[0] if args else None
-    if not isinstance(first, UncertainTensor):
-        return UncertainTensor(result)
-    if result is first.gaussian:  # it did nothing, such as dropout in eval mode
-        return first
+    sources = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, UncertainTensor)]
+    for source in sources:
+        if result is source.gaussian:  # the operation did nothing, such as dropout in eval mode
+            return source
     new = UncertainTensor(result)
-    if result.mean.untyped_storage().data_ptr() == first.gaussian.mean.untyped_storage().data_ptr():
-        first.shares = new.shares = True
+    for source in sources:
+        alike = [_memory(a) == _memory(b) for a, b in zip(_both(result), _both(source.gaussian), strict=True)]
+        if all(alike):
+            source.shares = new.shares = True
+            new.owns = source.owns
+        elif any(alike):
+            source.owns = new.owns = False
     return new
+
+
+def _both(gaussian: Uncertain) -> tuple[Tensor, Tensor]:
+    return gaussian.mean, gaussian.var
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _in_place(func: object, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -119,22 +136,31 @@ def _in_place(func: object, name: str, args: tuple[Any, ...], kwargs: Mapping[st
     if not isinstance(target, UncertainTensor):
         raise _refused(func, "it would write what is uncertain into a tensor that is not: make a new tensor instead")
     if name == "__setitem__":
-        value = gaussians_of(args[2])
-        with torch.no_grad() if not torch.is_grad_enabled() else torch.enable_grad():
-            target.gaussian.mean[args[1]] = value.mean if isinstance(value, Uncertain) else value
-            target.gaussian.var[args[1]] = value.var if isinstance(value, Uncertain) else 0.0
-        return None
-    plain = getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
-    rule = find_rule(name[:-1])
-    if rule is None or plain is None:
-        raise _refused(func, "it has no rule")
-    result = _called(rule, plain, args, kwargs)
-    if target.shares:  # a view of it, or what it is a view of, must see the result too
-        target.gaussian.mean.copy_(result.mean)
-        target.gaussian.var.copy_(result.var)
+        result = _with_item(target.gaussian, args[1], gaussians_of(args[2]))
     else:
-        target.gaussian = result
+        plain = getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
+        rule = find_rule(name[:-1])
+        if rule is None or plain is None:
+            raise _refused(func, "it has no rule")
+        result = _called(rule, plain, args, kwargs)
+        if result.mean.shape != target.shape or result.mean.dtype != target.dtype:
+            raise _refused(func, "it would change a tensor's shape or type in place: make a new tensor instead")
+    if not target.shares:
+        target.gaussian, target.owns = result, True
+        return target
+    # what it is a view of, or a view of it, must see the result too
+    if not target.owns:
+        raise _refused(func, "it would write into a view of what is used elsewhere: make a new tensor instead")
+    for old, new in zip(_both(target.gaussian), _both(result), strict=True):
+        old.copy_(new)
     return target
+
+
+def _with_item(gaussian: Uncertain, index: Any, value: Any) -> Uncertain:
+    """A copy in which some elements are others."""
+    mean, var = (t.clone() for t in _both(gaussian))
+    mean[index], var[index] = (value.mean, value.var) if isinstance(value, Uncertain) else (value, 0.0)
+    return Uncertain(mean, var)
 
 
 # --- refusals
