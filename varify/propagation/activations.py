@@ -38,8 +38,8 @@ class _Rectified(torch.autograd.Function):
         reciprocal = v.clamp_min(torch.finfo(v.dtype).tiny).rsqrt_()
         a = (reciprocal * m).clamp_(-_FARTHEST, _FARTHEST)
         s = reciprocal.mul_(v)
-        density = a.square().mul_(-0.5).add_(_LOG_DENSITY_AT_0).exp_()
-        below = a.mul(math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
+        density = torch.rsub(a.square(), _LOG_DENSITY_AT_0, alpha=0.5).exp_()
+        below = torch.rsub(a.mul(math.sqrt(0.5)).erf_(), 0.5, alpha=-0.5)  # (1 + erf) / 2
         mean = s.mul_(density).addcmul_(m, below)
         h = density.addcmul_(a, below)
         ctx.save_for_backward(m, v, mean)
