@@ -2,20 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.errors import ArgumentError, one_of
-
-
-class Likelihood(Protocol):
-    """What a prediction asks of a regression's likelihood; those of `varify.likelihoods` have it."""
-
-    def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a target given the network's output."""
+from varify.errors import ArgumentError, one_of, positive_int
+from varify.prediction import classes, noise, scores
+from varify.prediction.noise import Likelihood
 
 
 class Variances(NamedTuple):
@@ -33,9 +28,6 @@ class Variances(NamedTuple):
     def total(self) -> Tensor:
         """Their sum, by the law of total variance."""
         return self.epistemic + self.aleatoric
-
-
-OUTPUTS = ("logits", "probabilities", "binary_logits")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +51,7 @@ class Prediction:
     vectorized: bool = False
 
     def __post_init__(self) -> None:
-        one_of("outputs", self.outputs, OUTPUTS)
+        one_of("outputs", self.outputs, classes.OUTPUTS)
 
     def __eq__(self, other: object) -> bool:
         """Whether samples and settings are the same."""
@@ -121,7 +113,7 @@ class Prediction:
         Args:
             level: within (0, 1).
             likelihood: the noise of a regression. With it, the interval is for a new target (the quantiles of the
-                mixture of the draws' Gaussians); without, for the network's output.
+                mixture of the draws' distributions); without, for the network's output.
 
         Raises:
             ArgumentError: level outside (0, 1).
@@ -132,7 +124,7 @@ class Prediction:
         if likelihood is None:
             low, high = self.quantile(torch.tensor(ends, dtype=torch.float64))
         else:
-            low, high = (_mixture_quantile(*self._moments(likelihood), end) for end in ends)
+            low, high = (noise.quantile(likelihood, self._precise, end) for end in ends)
         return low, high
 
     def coverage(self, targets: Tensor, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
@@ -142,8 +134,7 @@ class Prediction:
             ArgumentError: level outside (0, 1), or targets of another shape.
         """
         low, high = self.interval(level, likelihood)
-        if targets.shape != low.shape:
-            raise ArgumentError(f"the targets have shape {tuple(targets.shape)}, the prediction {tuple(low.shape)}")
+        targets = noise.check_targets(targets, low)
         return ((targets >= low) & (targets <= high)).to(low.dtype).mean()
 
     def variances(self, likelihood: Likelihood) -> Variances:
@@ -152,38 +143,14 @@ class Prediction:
         Args:
             likelihood: such as `varify.GaussianLikelihood`: tells mean and variance of a target given an output.
         """
-        mean, var = self._moments(likelihood)
+        mean, var = noise.moments(likelihood, self._precise)
         return Variances(mean.var(0, correction=0), var.mean(0))
-
-    def _moments(self, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-        """Mean and variance of a target by draw, without the graph of a likelihood whose noise is learned."""
-        mean, var = likelihood.moments(self._precise)
-        return mean.detach(), var.detach()
 
     # --- classes
 
     def _probability_samples(self) -> Tensor:
         """`(n_samples, *batch, ..., classes)`, the class dimension last."""
-        if self.outputs == "binary_logits":
-            second = self._precise.sigmoid()
-            return torch.stack([1 - second, second], -1)
-        samples = self._precise.movedim(self._class_dim(), -1)
-        return samples if self.outputs == "probabilities" else samples.softmax(-1)
-
-    def _class_dim(self) -> int:
-        """The classes' dimension in `samples`."""
-        shape, dim = tuple(self.samples.shape[1:]), self.class_dim
-        if len(shape) == 1 and dim < 0:
-            raise ArgumentError(
-                f"outputs of shape {shape} have one dimension, which is the batch's: for one logit of two classes say "
-                "outputs='binary_logits'; for the classes of a single datum, class_dim=0"
-            )
-        if not -len(shape) <= dim < len(shape) or shape[dim] < 2:
-            raise ArgumentError(
-                f"outputs of shape {shape} have no two classes in dimension {dim}; "
-                "for one logit of two classes say outputs='binary_logits'"
-            )
-        return dim if dim < 0 else dim + 1
+        return classes.probability_samples(self._precise, self.outputs, self.class_dim)
 
     def probabilities(self) -> Tensor:
         """Predictive probability of each class: the mean of the draws' probabilities, shaped as the network's output.
@@ -195,12 +162,12 @@ class Prediction:
 
     def entropy(self) -> Tensor:
         """Entropy of the predictive probabilities, nats, the output's shape without classes: all of the uncertainty."""
-        return _entropy(self._probability_samples().mean(0))
+        return classes.entropy(self._probability_samples().mean(0))
 
     def mutual_information(self) -> Tensor:
         """Of label and weights, nats: the epistemic part of the entropy (Houlsby et al. 2011, arXiv:1112.5745)."""
         p = self._probability_samples()
-        return _entropy(p.mean(0)) - _entropy(p).mean(0)
+        return classes.entropy(p.mean(0)) - classes.entropy(p).mean(0)
 
     def covariances(self, normalization: str = "softmax", *, summed: bool = False) -> tuple[Tensor, Tensor]:
         r"""Epistemic and aleatoric covariance of the label's indicator, each `(*batch, ..., classes, classes)`.
@@ -221,13 +188,11 @@ class Prediction:
         if normalization == "softmax":
             p = self._probability_samples()
         elif self.outputs == "logits":
-            p = F.softplus(self._precise.movedim(self._class_dim(), -1))
+            p = F.softplus(classes.classes_last(self._precise, self.class_dim))
             p = p / p.sum(-1, keepdim=True)
         else:
             raise ArgumentError(f"normalization='normalized' is for logits; the outputs are {self.outputs}")
-        away = p - p.mean(0)
-        epistemic = torch.einsum("s...i,s...j->...ij", away, away) / self.n_samples
-        aleatoric = p.mean(0).diag_embed() - torch.einsum("s...i,s...j->...ij", p, p) / self.n_samples
+        epistemic, aleatoric = classes.covariances(p)
         if summed:
             return _over_inputs(epistemic), _over_inputs(aleatoric)
         return epistemic, aleatoric
@@ -238,26 +203,63 @@ class Prediction:
         votes = F.one_hot(p.argmax(-1), p.shape[-1]).sum(0)
         return 1 - votes.max(-1).values / self.n_samples
 
+    # --- against targets
+
+    def log_prob(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+        r"""Log predictive density $\log \frac1S \sum_s p(y|x, w_s)$, nats.
+
+        Args:
+            targets: labels, whole numbers, of the outputs' shape without classes; with a likelihood, of its mean's.
+            likelihood: of a regression: `varify.GaussianLikelihood` or another, as trained.
+
+        Returns:
+            Of each label, in their shape. With a likelihood, of each datum, `(batch,)`: all of its targets together.
+
+        Raises:
+            ArgumentError: targets of another shape, or labels that are no classes.
+        """
+        if likelihood is not None:
+            return noise.log_density(likelihood, self._precise, targets)
+        log_p = classes.log_probability_samples(self._precise, self.outputs, self.class_dim)
+        return noise.log_mean_exp(scores.log_prob_of_labels(log_p, targets))
+
+    def nll(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+        """Negative log predictive density, mean over labels or data, nats, `()`; arguments as of `log_prob`."""
+        return -self.log_prob(targets, likelihood).mean()
+
+    def accuracy(self, labels: Tensor) -> Tensor:
+        """Share of the labels that are the class of highest predictive probability, `()`."""
+        return scores.accuracy(self._probability_samples().mean(0), labels)
+
+    def brier(self, labels: Tensor) -> Tensor:
+        """Brier score, `()`: squared error of the predictive probabilities, summed over classes (Brier 1950).
+
+        It lies within [0, 2]; of two classes it is twice the score of one class's probability.
+        """
+        return scores.brier(self._probability_samples().mean(0), labels)
+
+    def ece(self, labels: Tensor, n_bins: int = 15) -> Tensor:
+        """Expected calibration error of the top label, `()`, within [0, 1] (Guo et al. 2017, arXiv:1706.04599, eq. 3).
+
+        Args:
+            labels: whole numbers, of the outputs' shape without classes.
+            n_bins: of equal width. The error grows with them where data are few.
+        """
+        p = self._probability_samples().mean(0)
+        return scores.calibration_error(p, labels, positive_int("n_bins", n_bins))
+
+    def crps(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+        r"""Continuous ranked probability score, mean over targets, in their units, `()`; lower is better.
+
+        $E|Y - y| - \frac12 E|Y - Y'|$ (Gneiting & Raftery 2007, JASA 102, eq. 21) of Y as the draws have it: their
+        outputs, or with a likelihood the mixture of their Gaussians (Grimit et al. 2006, QJRMS 132, eq. 5).
+
+        Raises:
+            ArgumentError: targets of another shape, or a likelihood that is not Gaussian.
+        """
+        return noise.crps(likelihood, self._precise, targets).mean()
+
 
 def _over_inputs(matrices: Tensor) -> Tensor:
     """Sum of `(*batch, classes, classes)` over the batch, which may have no dimensions."""
     return matrices.unsqueeze(0).flatten(0, -3).sum(0)
-
-
-def _mixture_quantile(mean: Tensor, var: Tensor, q: float) -> Tensor:
-    """Quantile of the mixture of Gaussians over dimension 0, by bisection of its distribution function."""
-    std = var.sqrt()
-    # every component's own quantile bounds the mixture's
-    ends = mean + std * torch.special.ndtri(torch.tensor(q, dtype=torch.float64)).to(mean)
-    low, high = ends.min(0).values, ends.max(0).values
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = torch.special.ndtr((middle - mean) / std).mean(0) < q
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    quantile: Tensor = (low + high) / 2
-    return quantile
-
-
-def _entropy(p: Tensor) -> Tensor:
-    entropy: Tensor = torch.special.entr(p).sum(-1)  # −p log p, 0 at 0
-    return entropy
