@@ -28,6 +28,12 @@ from varify.module import VariationalModule
 from varify.objective import schedules
 from varify.objective.elbo import ELBO, Terms, kl_weight, parameter_groups
 from varify.objective.likelihoods import GaussianLikelihood, HeteroscedasticGaussianLikelihood
+from varify.objective.other_likelihoods import (
+    LaplaceLikelihood,
+    OrdinalLikelihood,
+    PoissonLikelihood,
+    StudentTLikelihood,
+)
 from varify.prediction.prediction import Prediction
 from varify.propagation.prediction import GaussianPrediction
 from varify.serialization import load, save
@@ -50,13 +56,17 @@ __all__ = [
     "GaussianPrediction",
     "HeteroscedasticGaussianLikelihood",
     "InitError",
+    "LaplaceLikelihood",
     "MissingFileError",
     "ModelError",
+    "OrdinalLikelihood",
+    "PoissonLikelihood",
     "Prediction",
     "PriorError",
     "PropagationError",
     "SelectionError",
     "StructureError",
+    "StudentTLikelihood",
     "Terms",
     "UnknownNameError",
     "UnsavableError",

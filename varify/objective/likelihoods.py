@@ -1,6 +1,10 @@
-"""Likelihoods of regression: criteria with a noise level that is learned, and the noise they put into a prediction."""
+"""Likelihoods of regression: criteria with a noise level that is learned, and the noise they put into a prediction.
+
+Others than Gaussians are in `varify.objective.other_likelihoods`.
+"""
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +14,40 @@ from varify.errors import ArgumentError, positive_number
 from varify.weights.posterior import softplus_inverse
 
 
-class GaussianLikelihood(nn.Module):
+class Likelihood(nn.Module, ABC):
+    """p(y | output): a criterion, and what `Prediction` asks of the noise."""
+
+    @abstractmethod
+    def log_prob(self, output: Tensor, target: Tensor) -> Tensor:
+        """Log density of each target, or log probability, nats, in the targets' shape `(*batch, targets)`.
+
+        Raises:
+            ArgumentError: a target has a value that can't be.
+        """
+
+    @abstractmethod
+    def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of y given the network's output, each `(*batch, targets)`."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """Negative log likelihood per datum, nats, `()`: summed over a datum's targets, averaged over dimension 0.
+
+        Raises:
+            ArgumentError: the shapes differ (broadcasting here would compare every output with every target), or a
+                target has a value that can't be.
+        """
+        shape = self.shape(output)
+        if shape != target.shape:
+            raise ArgumentError(f"the mean has shape {tuple(shape)}, the target {tuple(target.shape)}")
+        nll = -self.log_prob(output, target)
+        return nll.sum() / len(target) if target.dim() else nll
+
+    def shape(self, output: Tensor) -> torch.Size:
+        """Of the targets that belong to this output."""
+        return output.shape
+
+
+class GaussianLikelihood(Likelihood):
     """y ~ N(output, sigma²) with one noise level for all data: a criterion whose parameter is trained along.
 
     Args:
@@ -27,21 +64,12 @@ class GaussianLikelihood(nn.Module):
         """Standard deviation of the noise, `()`."""
         return F.softplus(self.rho)
 
-    def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of y given the network's output, each `(*batch, targets)`."""
+    def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return output, self.sigma.square().to(output.dtype).expand_as(output)
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Negative log likelihood per datum, nats, `()`: summed over a datum's targets, averaged over dimension 0.
-
-        Raises:
-            ArgumentError: the shapes differ (broadcasting here would compare every output with every target).
-        """
+    def log_prob(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         mean, var = self.moments(output)
-        if mean.shape != target.shape:
-            raise ArgumentError(f"the mean has shape {tuple(mean.shape)}, the target {tuple(target.shape)}")
-        nll = 0.5 * ((target - mean).square() / var + var.log() + math.log(2 * math.pi))
-        return nll.sum() / len(target) if target.dim() else nll
+        return -0.5 * ((target - mean).square() / var + var.log() + math.log(2 * math.pi))
 
 
 class HeteroscedasticGaussianLikelihood(GaussianLikelihood):
@@ -57,6 +85,9 @@ class HeteroscedasticGaussianLikelihood(GaussianLikelihood):
         super().__init__(learn=False)
         del self.rho
         self.floor = positive_number("floor", floor)
+
+    def shape(self, output: Tensor) -> torch.Size:  # noqa: D102
+        return self.moments(output)[0].shape
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         if output.shape[-1] % 2:

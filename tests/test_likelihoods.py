@@ -1,0 +1,167 @@
+"""Likelihoods beyond the Gaussian: densities, moments, distribution functions and intervals against scipy's."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import torch
+from torch import Tensor, nn
+
+import varify
+from varify import Prediction
+
+CUTS = [-1.0, 0.5, 2.0]
+
+
+def ordinal() -> varify.OrdinalLikelihood:
+    likelihood = varify.OrdinalLikelihood(4).double()
+    with torch.no_grad():
+        likelihood.first.fill_(CUTS[0])
+        likelihood.gap_rho.copy_(torch.tensor([1.5, 1.5], dtype=torch.float64).expm1().log())
+    return likelihood
+
+
+def ordinal_by_scipy(f: float) -> Any:
+    below = [scipy.special.expit(c - f) for c in CUTS]
+    return scipy.stats.rv_discrete(values=(np.arange(4), np.diff([0.0, *below, 1.0])))
+
+
+Case = tuple[Callable[[], nn.Module], Callable[[float], Any], bool]
+CASES: dict[str, Case] = {
+    "laplace": (lambda: varify.LaplaceLikelihood(0.7).double(), lambda f: scipy.stats.laplace(f, 0.7), False),
+    "student": (lambda: varify.StudentTLikelihood(4, 0.7).double(), lambda f: scipy.stats.t(4, f, 0.7), False),
+    "light": (lambda: varify.StudentTLikelihood(400, 0.7).double(), lambda f: scipy.stats.t(400, f, 0.7), False),
+    "heavy": (lambda: varify.StudentTLikelihood(2.1, 0.7).double(), lambda f: scipy.stats.t(2.1, f, 0.7), False),
+    "poisson": (lambda: varify.PoissonLikelihood().double(), lambda f: scipy.stats.poisson(math.exp(f)), True),
+    "ordinal": (ordinal, ordinal_by_scipy, True),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Callable[[float], Any], Tensor, Tensor, bool]:
+    make, reference, discrete = CASES[request.param]
+    torch.manual_seed(0)
+    output = torch.randn(6, 2, dtype=torch.float64)
+    target = torch.randint(4, (6, 2)).double() if discrete else 3 * torch.randn(6, 2, dtype=torch.float64)
+    return make(), reference, output, target, discrete
+
+
+def test_density_moments_and_distribution_function_equal_scipys(case: Any) -> None:
+    likelihood, reference, output, target, discrete = case
+    log_p, (mean, var) = likelihood.log_prob(output, target), likelihood.moments(output)
+    cdf = likelihood.cdf(output, target + 0.3)
+    for i in np.ndindex(6, 2):
+        q, y = reference(output[i].item()), target[i].item()
+        assert log_p[i].item() == pytest.approx(float(q.logpmf(y) if discrete else q.logpdf(y)), rel=1e-6)
+        assert (mean[i].item(), var[i].item()) == pytest.approx((float(q.mean()), float(q.var())), rel=1e-5)
+        assert cdf[i].item() == pytest.approx(float(q.cdf(y + 0.3)), abs=2e-6)
+    assert likelihood(output, target).item() == pytest.approx(-log_p.sum().item() / 6)
+
+
+def test_a_prediction_scores_and_covers_with_it(case: Any) -> None:
+    likelihood, reference, output, target, discrete = case
+    prediction = Prediction(torch.stack([output, output + 0.4]))
+    for n in range(6):
+        draws = [[reference(prediction.samples[s, n, t].item()) for t in range(2)] for s in range(2)]
+        y = target[n].tolist()
+        densities = [math.prod((q.pmf if discrete else q.pdf)(v) for q, v in zip(d, y, strict=True)) for d in draws]
+        found = prediction.log_prob(target, likelihood)[n].item()
+        assert found == pytest.approx(math.log(sum(densities) / 2), rel=1e-6)
+    low, high = prediction.interval(0.8, likelihood)
+    for i in np.ndindex(6, 2):
+        q = [reference(prediction.samples[(s, *i)].item()) for s in range(2)]
+        for end, level in ((low[i].item(), 0.1), (high[i].item(), 0.9)):
+            if discrete:  # the least whole number of at least that probability
+                assert (q[0].cdf(end) + q[1].cdf(end)) / 2 >= level - 1e-9
+                assert (q[0].cdf(end - 1) + q[1].cdf(end - 1)) / 2 < level
+            else:
+                assert (q[0].cdf(end) + q[1].cdf(end)) / 2 == pytest.approx(level, abs=4e-6)
+    variances = prediction.variances(likelihood)
+    q = [reference(prediction.samples[s, 0, 0].item()) for s in range(2)]
+    assert variances.aleatoric[0, 0].item() == pytest.approx(float(q[0].var() + q[1].var()) / 2, rel=1e-5)
+    with pytest.raises(varify.ArgumentError, match="has no closed form: take nll"):
+        prediction.crps(target, likelihood)
+
+
+def test_gradients_are_those_of_finite_differences(case: Any) -> None:
+    likelihood, _, output, target, _ = case
+    parameters = [p for p in likelihood.parameters() if p.numel()]
+
+    def loss(output: Tensor, *_: Tensor) -> Tensor:
+        return likelihood(output, target)
+
+    assert torch.autograd.gradcheck(loss, (output.requires_grad_(), *parameters))
+
+
+def test_a_scale_is_learned_beside_outliers() -> None:
+    torch.manual_seed(0)
+    noise = torch.from_numpy(scipy.stats.t(4, 0, 0.5).rvs((4000, 1), random_state=0)).float()
+    likelihood = varify.StudentTLikelihood(4, scale=3.0)
+    optimizer = torch.optim.LBFGS(likelihood.parameters(), line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        nll = likelihood(torch.zeros_like(noise), noise)
+        nll.backward()
+        return nll
+
+    for _ in range(20):
+        optimizer.step(closure)
+    fitted = scipy.stats.t.fit(noise.double().numpy(), f0=4, floc=0)[2]
+    assert likelihood.scale.item() == pytest.approx(fitted, rel=1e-3)
+
+
+def test_ordered_classes_are_learned_and_measured() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(600, 1)
+    y = torch.bucketize(
+        2 * x + torch.from_numpy(np.random.default_rng(0).logistic(size=(600, 1))).float(), torch.tensor(CUTS)
+    )
+    likelihood, net = varify.OrdinalLikelihood(4), nn.Linear(1, 1)
+    assert likelihood.probabilities(torch.zeros(1)).tolist() == [pytest.approx([0.25] * 4)]
+    vnet = varify.variationalize(net)
+    elbo = varify.ELBO(num_data=600)
+    optimizer = torch.optim.Adam(varify.parameter_groups(nn.ModuleList([vnet, likelihood]), lr=0.05))
+    for _ in range(200):
+        optimizer.zero_grad()
+        elbo(vnet, likelihood, x, y).loss.backward()
+        optimizer.step()
+    assert vnet.module.weight.item() == pytest.approx(2.0, abs=0.5)  # over five standard errors of so many data
+    prediction = vnet.predict(x)
+    true = [ordinal_by_scipy(2 * a).pmf(b) for a, b in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True)]
+    # of the distribution that the labels are of; a fit to so many data is above or below by a percent
+    assert prediction.nll(y, likelihood).item() == pytest.approx(-np.log(true).mean(), rel=0.05)
+    with pytest.raises(varify.ArgumentError, match=r"targets must be classes, whole numbers within \[0, 4\)"):
+        prediction.nll(y + 1, likelihood)
+    classes = Prediction(likelihood.probabilities(prediction.samples).detach(), "probabilities")
+    assert classes.nll(y).item() == pytest.approx(prediction.nll(y, likelihood).item(), rel=1e-5)
+
+
+def test_far_from_a_cutpoint_nothing_cancels() -> None:
+    likelihood = ordinal()
+    output = torch.tensor([60.0, -60.0], dtype=torch.float64)
+    log_p = likelihood.log_prob(output, torch.tensor([1, 2]))
+    # e^(c − f)'s difference to the first order: sigmoid(x) is e^x far below 0
+    assert log_p[0].item() == pytest.approx(math.log(math.exp(CUTS[1]) - math.exp(CUTS[0])) - 60, rel=1e-9)
+    assert log_p[1].item() == pytest.approx(math.log(math.exp(-CUTS[1]) - math.exp(-CUTS[2])) - 60, rel=1e-9)
+
+
+def test_what_can_not_be_is_refused() -> None:
+    zeros = torch.zeros(5, 1)
+    with pytest.raises(varify.ArgumentError, match="targets must be counts: whole numbers of at least 0"):
+        varify.PoissonLikelihood()(zeros, zeros + 0.5)
+    with pytest.raises(varify.ArgumentError, match=r"targets must be classes, whole numbers within \[0, 3\)"):
+        varify.OrdinalLikelihood(3)(zeros, zeros + 3)
+    with pytest.raises(varify.ArgumentError, match="n_classes must be at least 2, got 1"):
+        varify.OrdinalLikelihood(1)
+    with pytest.raises(varify.ArgumentError, match="df must be greater than 2, got 2: with fewer"):
+        varify.StudentTLikelihood(2)
+    with pytest.raises(varify.ArgumentError, match="scale must be a positive number, got 0"):
+        varify.LaplaceLikelihood(0)
+    for likelihood in (varify.PoissonLikelihood(), varify.LaplaceLikelihood(), varify.OrdinalLikelihood(3)):
+        with pytest.raises(varify.ArgumentError, match=r"the mean has shape \(5, 1\), the target \(5,\)"):
+            likelihood(zeros, torch.zeros(5))
