@@ -8,6 +8,7 @@ from varify.analysis.fit_prior import fit_prior
 from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.fit_temperature import fit_temperature
 from varify.analysis.pruning import prune, pruning_curve
+from varify.analysis.update_prior import update_prior
 from varify.errors import (
     ArgumentError,
     EstimatorError,
@@ -40,7 +41,7 @@ from varify.serialization import load, save
 from varify.variationalize import variationalize
 from varify.weights.kl import register_kl
 from varify.weights.posterior import GaussianPosterior
-from varify.within import prior_loss
+from varify.within import predict, prior_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "load",
     "optim",
     "parameter_groups",
+    "predict",
     "prior_loss",
     "priors",
     "propagation",
@@ -93,5 +95,6 @@ __all__ = [
     "save",
     "schedules",
     "testing",
+    "update_prior",
     "variationalize",
 ]

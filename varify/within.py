@@ -11,6 +11,9 @@ from varify.errors import ArgumentError, ModelError, listed
 from varify.network.copies import copy_network
 from varify.network.parameters import first_slots, is_variational
 from varify.network.sharding import gathered, refuse_sharded
+from varify.network.view import Views
+from varify.prediction.gather import gather
+from varify.prediction.sampling import Sampler
 from varify.prediction.vectorizing import Draws
 
 
@@ -73,6 +76,45 @@ def sampling(network: nn.Module) -> Iterator[None]:
         for part in variational_parts(network):
             stack.enter_context(part.drawing.sampling())
         yield
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module,
+    *args: object,
+    n_samples: int = 32,
+    outputs: str = "logits",
+    class_dim: int = -1,
+    **kwargs: object,
+) -> Any:
+    """Outputs of `n_samples` draws of the variational parts of any network, such as a Bayesian head on a plain body.
+
+    The network is in eval mode meanwhile, and what its forward sets is forgotten. A variational module is asked for
+    its own `predict`, which takes more; other networks run once a draw.
+
+    Args:
+        network: a variational module, or any module with variational parts.
+        args: of the network, as are `kwargs`.
+        n_samples: number of draws.
+        outputs: what the network returns, for the measures on classes; see `Prediction`.
+        class_dim: the classes' dimension in one output.
+        kwargs: of the network.
+
+    Returns:
+        As `VariationalModule.predict`: a `Prediction`, or the network's structure of them.
+
+    Raises:
+        ModelError: nothing in `network` is variational.
+        ArgumentError: n_samples is no positive integer.
+    """
+    required_parts(network)
+    if is_variational(network):
+        own: Any = network
+        return own.predict(*args, n_samples=n_samples, outputs=outputs, class_dim=class_dim, **kwargs)
+    with gathered(network):
+        sampler = Sampler(Views(network, {}, whole=True), {})
+        found = sampler.outputs(args, kwargs, dict, n_samples, False, sampling)
+    return gather(found.outputs, outputs, class_dim, found.vectorized)
 
 
 def means_of(vnet: Any) -> dict[str, Tensor]:
