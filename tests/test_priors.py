@@ -297,7 +297,6 @@ BAD = [
     ({"prior": priors.Gaussian}, r"is a class: pass an instance, Gaussian\("),
     ({"prior": "gauss"}, "unknown prior 'gauss'"),
     ({"prior": 3}, "a name"),
-    ({"prior": "mixtgauss", "sigma_1": 1.0, "sigma_2": 0.1}, "missing a required argument: 'pi'"),
     ({"prior": "mixtgauss", **MIXTURE, "sigma_3": 1.0}, "unexpected keyword argument 'sigma_3'"),
     ({"prior": "mixtgauss", **MIXTURE, "pi": 0.0}, r"pi must lie within \(0, 1\), got 0.0"),
     ({"prior": "mixtgauss", **MIXTURE, "pi": 1}, "within"),
@@ -308,7 +307,7 @@ BAD = [
     ({"prior": "conjugate", **CONJUGATE, "kappa_0": -1.0}, "kappa_0"),
     ({"prior": "conjugate", **CONJUGATE, "beta_0": "a"}, "beta_0 must be a number or a tensor, got 'a'"),
     ({"prior": "conjugate", **CONJUGATE, "mu_0": torch.zeros(3)}, "mu_0 has shape"),
-    ({"prior": "conjugate_known_mean", "alpha_0": 1.0}, "missing a required argument: 'mean'"),
+    ({"prior": "conjugate_known_mean", "alpha": 1.0}, "unexpected keyword argument 'alpha'; it takes mean: object = 0"),
     ({"prior": "gaussian", "std": -1.0}, "std must be positive, got -1.0"),
     ({"prior": "gaussian", "std": torch.ones(5)}, r"weight: std has shape \(5,\); the parameter has \(2, 3\)"),
     ({"prior": "gaussian", "mean": torch.ones(4, 2, 3)}, "mean has shape"),
@@ -332,6 +331,16 @@ def test_bad_priors_are_refused_when_set_and_the_former_stays(arguments: dict, t
     with pytest.raises(varify.PriorError, match=told):
         vnet.set_prior(**arguments)
     assert vnet.summary().rows == before
+
+
+def test_a_name_alone_has_the_numbers_of_pyvarinfs_experiment() -> None:
+    from varify.experiments.settings import PRIOR_DEFAULTS
+
+    for kind, numbers in PRIOR_DEFAULTS.items():
+        vnet = varify.variationalize(nn.Linear(3, 2), prior=kind)
+        settings = vnet.posteriors["weight"].prior.settings()
+        assert {name: settings[name] for name in numbers} == numbers
+        assert vnet.prior_loss().isfinite()
 
 
 def test_set_prior_takes_a_glob() -> None:

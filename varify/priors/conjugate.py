@@ -17,7 +17,7 @@ class ConjugateKnownMean(Prior):
     """N(mean, var) on every weight of a tensor, var ~ InverseGamma(alpha_0, beta_0), integrated out.
 
     The weights of one tensor share the variance, so the prior learns the tensor's scale (Murphy 2007, Conjugate
-    Bayesian analysis of the Gaussian distribution).
+    Bayesian analysis of the Gaussian distribution). The defaults are those of PyVarInf's experiment.
 
     Args:
         mean: the known mean.
@@ -30,7 +30,7 @@ class ConjugateKnownMean(Prior):
     alpha_0: float
     beta_0: float
 
-    def __init__(self, mean: object, alpha_0: float, beta_0: float, n_mc_samples: int = 1) -> None:
+    def __init__(self, mean: object = 0.0, alpha_0: float = 0.5, beta_0: float = 0.5, n_mc_samples: int = 1) -> None:
         super().__init__(n_mc_samples)
         self.keep(mean=mean)
         self.keep_positive(alpha_0=_scalar("alpha_0", alpha_0), beta_0=_scalar("beta_0", beta_0))
@@ -44,7 +44,8 @@ class ConjugateKnownMean(Prior):
 class Conjugate(Prior):
     """N(m, var) on every weight of a tensor, m | var ~ N(mu_0, var/kappa_0), var ~ InverseGamma(alpha_0, beta_0).
 
-    Mean and variance are shared within a tensor and integrated out (Murphy 2007, section 3 ff.).
+    Mean and variance are shared within a tensor and integrated out (Murphy 2007, section 3 ff.). The defaults are
+    those of PyVarInf's experiment.
 
     Args:
         mu_0: prior mean of m.
@@ -59,7 +60,14 @@ class Conjugate(Prior):
     alpha_0: float
     beta_0: float
 
-    def __init__(self, mu_0: float, kappa_0: float, alpha_0: float, beta_0: float, n_mc_samples: int = 1) -> None:
+    def __init__(
+        self,
+        mu_0: float = 0.0,
+        kappa_0: float = 3.0,
+        alpha_0: float = 0.5,
+        beta_0: float = 0.5,
+        n_mc_samples: int = 1,
+    ) -> None:
         super().__init__(n_mc_samples)
         self.keep(mu_0=_scalar("mu_0", mu_0))
         self.keep_positive(

@@ -13,6 +13,9 @@ from varify.weights.prior import Prior
 class ScaleMixture(Prior):
     """pi·N(0, sigma_1²) + (1 − pi)·N(0, sigma_2²) on every weight (Blundell et al. 2015, arXiv:1505.05424, eq. 7).
 
+    The defaults are those of PyVarInf's experiment. Blundell et al. chose among sigma_1 = 1, e⁻¹, e⁻², sigma_2 = e⁻⁶,
+    e⁻⁷, e⁻⁸ and pi = ¼, ½, ¾ (section 5.1).
+
     Args:
         sigma_1: standard deviation of the first Gaussian, > 0.
         sigma_2: of the second.
@@ -24,7 +27,7 @@ class ScaleMixture(Prior):
     sigma_2: Tensor | float
     pi: Tensor | float
 
-    def __init__(self, sigma_1: object, sigma_2: object, pi: object, n_mc_samples: int = 1) -> None:
+    def __init__(self, sigma_1: object = 0.2, sigma_2: object = 0.02, pi: object = 0.5, n_mc_samples: int = 1) -> None:
         super().__init__(n_mc_samples)
         self.keep_positive(sigma_1=sigma_1, sigma_2=sigma_2)
         self.keep(pi=pi)

@@ -97,6 +97,9 @@ class Prior(nn.Module):
             inspect.signature(cls).bind(**settings)
         except TypeError as error:
             raise PriorError(str(error)) from None
+        missing = [name for name in inspect.signature(cls).parameters if name not in settings]
+        if missing and cls.settings is Prior.settings:  # which writes all, so that a default stands for none of them
+            raise PriorError(f"missing a required argument: {missing[0]!r}")
         for name, value in settings.items():
             if isinstance(value, list) and not broadcasts(checked_shape(name, value), shape):
                 raise PriorError(f"{name} has shape {tuple(value)}; the parameter has {tuple(shape)}")
