@@ -71,6 +71,13 @@ def test_moments_quantiles_and_intervals_equal_numpys() -> None:
     assert values_of_one.shape[0] == 1
 
 
+def test_a_prediction_moves_and_changes_its_type() -> None:
+    prediction = Prediction(TWO, "probabilities", class_dim=1, vectorized=True)
+    moved = prediction.to("cpu", dtype=torch.float32)
+    assert moved == Prediction(TWO.float(), "probabilities", class_dim=1)
+    assert moved.vectorized
+
+
 def test_bad_questions() -> None:
     prediction = Prediction(TWO)
     for level in (0.0, 1.0, -0.1, 95):

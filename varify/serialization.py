@@ -20,19 +20,22 @@ from varify.errors import (
     UnsavableError,
     VarifyError,
     listed,
+    one_of,
 )
+from varify.file_settings import read_settings
 from varify.module import VariationalModule
 from varify.network.checks import check_model
-from varify.network.parameters import first_slots
+from varify.network.parameters import alias_names, first_slots
 from varify.network.sharding import refuse_sharded
 from varify.state import is_plain, read_extra_state
 from varify.variationalize import variationalize
+from varify.within import refuse_nested
 
 FORMAT = "1"
 EXTRA = "_extra_state"  # torch's key for it
 
 
-def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
+def save(vnet: VariationalModule, path: str | os.PathLike[str], *, only: str | None = None) -> None:
     """Write means, rho's, buffers, priors and settings to a safetensors file; needs the package `safetensors`.
 
     The file is there whole or not at all; one that was there is replaced. The network's code is not in it.
@@ -40,8 +43,12 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
     Args:
         vnet: on any device.
         path: of the file, by convention `*.safetensors`.
+        only: "variational" leaves out what is deterministic; "trained" leaves out what is deterministic and requires
+            no gradient, such as the frozen base of an adapter, and buffers. `load` takes the rest from the network
+            that it is given, which must have the same base. None: everything.
 
     Raises:
+        ArgumentError: an unknown `only`, or a variational module within, whose parts can't be told.
         MissingFileError: the folder is not there.
         ModelError: vnet is not variational.
         UnsavableError: a module's extra state is neither a tensor nor a plain value, or a tensor is sparse or of a
@@ -53,7 +60,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"vnet must be a variational module, got a {type(vnet).__name__}; see varify.variationalize")
     refuse_sharded(vnet, "varify.save")
     _check_priors(vnet)
-    state = vnet.state_dict()
+    state = vnet.state_dict() if only is None else _part_of_state(vnet, only)
     for prefix, module in vnet.named_modules():
         if isinstance(module, VariationalModule):  # as text, so that the file can be read without varify
             key = f"{prefix}.{EXTRA}" if prefix else EXTRA
@@ -70,6 +77,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str]) -> None:
         "batch_dim": chosen.batch_dim,
         "extra": plain,
         "same": same,
+        "only": only,
     }
     metadata = {"format": "pt", "varify": FORMAT, "settings": json.dumps(settings)}
     path = Path(path)
@@ -118,7 +126,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
             )
         if metadata["varify"] != FORMAT:
             raise FileError(f"{path} has format {metadata['varify']} of varify's, which this version does not know")
-        settings = _settings(path, metadata, set(file.keys()))
+        settings = read_settings(path, metadata, set(file.keys()))
         state = OrderedDict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dict
     state.update({name: state[first] for name, first in settings["same"].items()} | settings["extra"])
     state._metadata = settings["versions"]  # type: ignore[attr-defined]  # where torch keeps them
@@ -131,6 +139,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
         batch_dim=settings.get("batch_dim", 0),
     )
     vnet.posteriors.settings.skipped = settings["skipped"]
+    if settings.get("only") is not None:
+        base = {name: value for name, value in vnet.state_dict().items() if name.startswith("module.")}
+        state.update({name: value for name, value in base.items() if name not in state})
     try:
         vnet.load_state_dict(state)
     except VarifyError:
@@ -142,54 +153,19 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
     return vnet
 
 
-SETTINGS: dict[str, tuple[type, type | None]] = {  # of each, its type and that of what it holds
-    "network": (str, None),
-    "parameters": (list, str),
-    "skipped": (dict, str),
-    "requires_grad": (dict, bool),
-    "versions": (dict, dict),
-    "strict": (bool, None),
-    "extra": (dict, None),
-    "same": (dict, str),
-}
-
-
-def _settings(path: object, metadata: Mapping[str, str], tensors: set[str]) -> dict[str, Any]:
-    """The settings in a file, checked.
-
-    Raises:
-        StructureError: they are none that `save` writes.
-    """
-    try:
-        settings = json.loads(metadata["settings"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise _damaged(path, f"its settings can't be read ({type(error).__name__}: {error})") from None
-    if not isinstance(settings, dict):
-        raise _damaged(path, f"its settings are a {type(settings).__name__}")
-    for name, (kind, inner) in SETTINGS.items():
-        value = settings.get(name)
-        if not isinstance(value, kind):
-            raise _damaged(path, f"its setting {name!r} is {str(value)[:99]!r}, no {kind.__name__}")
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            if inner is not None and not isinstance(part, inner):
-                raise _damaged(path, f"its setting {name!r} has {str(part)[:99]!r}, no {inner.__name__}")
-    odd = [name for name in settings["parameters"] if f"module.{name}" not in tensors | set(settings["same"])]
-    if odd or not settings["parameters"]:
-        raise _damaged(path, f"its setting 'parameters' has {listed(odd)} without a tensor module.<name>")
-    lost = [name for name, first in settings["same"].items() if first not in tensors or name in tensors]
-    twice = [name for name in settings["extra"] if name in tensors or name in settings["same"]]
-    if lost or twice:
-        raise _damaged(
-            path, f"its settings 'same' and 'extra' have {listed(lost + twice)}, which don't fit its tensors"
-        )
-    for module, written in settings["versions"].items():
-        if not isinstance(written.get("version"), (int, type(None))):
-            raise _damaged(path, f"its setting 'versions' has {str(written)[:99]} for {module!r}")
-    return settings
-
-
-def _damaged(path: object, why: str) -> StructureError:
-    return StructureError(f"{path} is damaged, or not of varify.save: {why}")
+def _part_of_state(vnet: VariationalModule, only: str) -> OrderedDict[str, Any]:
+    """The entries of a state dict that `save(only=...)` writes."""
+    one_of("only", only, ("variational", "trained"))
+    refuse_nested(vnet, f"varify.save(only={only!r})")
+    names = set(vnet.posteriors)
+    if only == "trained":
+        names |= {name for name, p in vnet.module.named_parameters() if p.requires_grad}
+    aliases = {alias for alias, first in alias_names(vnet.module).items() if first in names}
+    state = vnet.state_dict()
+    for key in list(state):
+        if key.startswith("module.") and key.removeprefix("module.") not in aliases:
+            del state[key]
+    return state  # type: ignore[no-any-return]
 
 
 def _library() -> Any:

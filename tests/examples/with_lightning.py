@@ -1,5 +1,7 @@
 """A variational network in Lightning: digits, the divergence in the loss once, and its terms in the log."""
 
+from typing import Any
+
 import lightning
 import torch
 import torch.nn.functional as F
@@ -9,32 +11,23 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
 import varify
+from varify.integrations import VariationalLightningModule
 
 Batch = tuple[Tensor, Tensor]
 
 
-class VariationalClassifier(lightning.LightningModule):
+class VariationalClassifier(VariationalLightningModule):
     """Any classifier, trained by the ELBO per datum and validated by the mean of its draws."""
 
-    def __init__(self, network: nn.Module, num_data: int, beta: float = 1.0) -> None:
-        super().__init__()
-        self.vnet = varify.variationalize(network)
-        self.elbo = varify.ELBO(num_data=num_data, beta=beta)
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        super().__init__(varify.variationalize(network), F.cross_entropy, lr=3e-3, rho_lr=1e-2, **options)
         self.accuracy = MulticlassAccuracy(10)
-
-    def training_step(self, batch: Batch, _: int) -> Tensor:
-        terms = self.elbo(self.vnet, F.cross_entropy, *batch)
-        self.log_dict({"loss": terms.loss, "nll": terms.nll, "kl": terms.kl}, on_step=False, on_epoch=True)
-        return terms.loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
         x, y = batch
         prediction = self.vnet.predict(x, n_samples=8)
         self.accuracy(prediction.probabilities(), y)
         self.log_dict({"accuracy": self.accuracy, "entropy": prediction.entropy().mean()})
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(varify.parameter_groups(self.vnet, lr=3e-3, rho_lr=1e-2))
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -49,7 +42,7 @@ def main(epochs: int = 10, **options: object) -> tuple[lightning.Trainer, Variat
     lightning.seed_everything(0, verbose=False)
     train, test = digits()
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    module = VariationalClassifier(network, num_data=len(train), beta=0.1)
+    module = VariationalClassifier(network, beta=0.1)
     trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, **options)  # type: ignore[arg-type]
     trainer.fit(module, DataLoader(train, 64, shuffle=True), DataLoader(test, 256))
     return trainer, module

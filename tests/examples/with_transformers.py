@@ -4,40 +4,12 @@ import tempfile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import varify
-
-
-class VariationalTrainer(Trainer):
-    """Adds beta·KL/num_data to the loss that the network itself returns, and logs both.
-
-    Files: the Trainer's own checkpoints hold tensors alone; `varify.save` keeps the priors as well.
-    """
-
-    def __init__(self, vnet: varify.VariationalModule, *, num_data: int, beta: float = 1.0, **options: Any) -> None:
-        super().__init__(vnet, **options)
-        self.vnet, self.num_data, self.beta = vnet, num_data, beta
-        # The Trainer divides the loss by the number of accumulated batches, unless it believes that the network did.
-        self.model_accepts_loss_kwargs = False
-        self.terms: dict[str, Tensor] = {}
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**inputs)
-        nll = outputs["loss"]
-        if not model.training:
-            return (nll, outputs) if return_outputs else nll
-        kl = self.vnet.prior_loss()
-        self.terms = {"nll": nll.detach(), "kl": kl.detach()}
-        loss = nll + self.beta * kl / self.num_data
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        super().log({**logs, **{name: term.item() for name, term in self.terms.items()}}, *args, **kwargs)
+from varify.integrations import VariationalTrainer
 
 
 class Parity(Dataset[dict[str, Tensor]]):
@@ -74,12 +46,9 @@ def main(steps: int = 300, beta: float = 0.01, **options: Any) -> VariationalTra
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
-            "remove_unused_columns": False,  # the forward of a variational module takes whatever its network takes
-            "label_names": ["labels"],
         }
         trainer = VariationalTrainer(
             vnet,
-            num_data=4000,
             beta=beta,
             args=TrainingArguments(**{**settings, **options}),
             train_dataset=Parity(4000, 0),

@@ -85,7 +85,7 @@ class ELBO:
             return float(self._beta(self.step))
         return self._found if isinstance(self._beta, str) else float(self._beta)
 
-    def _weight(self, network: nn.Module) -> float:
+    def weight(self, network: nn.Module) -> float:
         """Weight of the KL of this network at this step."""
         if isinstance(self._beta, str):  # the importance-weighted bound is one with the whole KL alone
             self._found = kl_weight(network, self.num_data) if self.bound == "elbo" else 1.0
@@ -119,7 +119,7 @@ class ELBO:
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
             )
         self._warn_of_eval_mode(vnet)
-        beta = self._weight(vnet)
+        beta = self.weight(vnet)
         if self.bound == "elbo":
             nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
             nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
@@ -201,15 +201,19 @@ def scalar(loss: object) -> Tensor:
 
 
 def parameter_groups(network: nn.Module, lr: float, rho_lr: float | None = None) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: rho's apart from everything else, since they want a rate of their own.
+    """Groups for a torch optimizer: rho's, and stds of priors that learn, apart from everything else.
+
+    These are scales, which want a rate of their own.
 
     Args:
         network: a variational module, or any module with variational parts.
         lr: of the means and the deterministic parameters.
-        rho_lr: of the rho's; default 5·lr: sigma changes by a factor with each unit of rho, and at the rate of the
-            means it would not come far in a usual training. Weight decay is 0 for both: the prior is the regularizer.
+        rho_lr: of the rho's and learned stds; default 5·lr: sigma changes by a factor with each unit of rho, and at
+            the rate of the means it would not come far in a usual training. Weight decay is 0 for both: the prior is
+            the regularizer.
     """
-    rhos = {id(p) for m in network.modules() if isinstance(m, VariationalModule) for p in m.rho.parameters()}
+    parts = [part for part in network.modules() if isinstance(part, VariationalModule)]
+    rhos = {id(p) for part in parts for tree in (part.rho, part.prior) for p in tree.parameters()}
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if id(p) not in rhos], "lr": lr, "weight_decay": 0.0},

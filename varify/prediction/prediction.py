@@ -1,8 +1,8 @@
 """What many draws of a network say together: means, spreads, and where the uncertainty comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,10 @@ class Prediction:
     def n_samples(self) -> int:
         """Number of draws."""
         return len(self.samples)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Prediction":
+        """With the samples elsewhere or of another type; arguments as of `torch.Tensor.to`."""
+        return replace(self, samples=self.samples.to(*args, **kwargs))
 
     @property
     def _precise(self) -> Tensor:
