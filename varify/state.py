@@ -74,6 +74,8 @@ def restore(posteriors: Posteriors, state: object) -> None:
     """
     rhos = {name: posteriors.trees.rho.leaf_at(name) for name in posteriors}
     found = _checked(read_extra_state(state), rhos)
+    for name, prior in found.priors.items():
+        prior.adopt(posteriors.trees.prior.leaf_at(name))
     posteriors.put_priors(found.priors)
     posteriors.settings.estimators.update(found.estimators)
     posteriors.clear_masks()

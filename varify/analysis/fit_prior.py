@@ -1,5 +1,6 @@
 """Fit the std of Gaussian priors to the posteriors, in closed form."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
     matched = [name for name in matching(posteriors, where) if is_gaussian(posteriors[name].prior)]
     if not matched:
         raise PriorError(f"where={where!r} matches no parameter with a Gaussian prior; fit_prior fits the std of those")
-    fitted, new = {}, {}
+    fitted, new, learned = {}, {}, {}
     for name in matched:
         q = posteriors[name].unmasked()
         if not q.rho.numel():  # no weight is free: there is nothing to fit to
@@ -44,6 +45,11 @@ def fit_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -> d
         assert isinstance(prior, Gaussian)
         fitted[name] = float(((q.mean - prior.mean).square() + q.sigma.square()).mean().sqrt())
         new[name] = _with_std(name, posteriors[name], fitted[name])
+        if prior.learn_std:  # the parameter that an optimizer knows
+            learned[name] = prior.log_std
+    for name, log_std in learned.items():
+        log_std.fill_(math.log(fitted[name]))
+        new[name].adopt(posteriors[name].prior)
     vnet.posteriors.put_priors(new)
     return fitted
 

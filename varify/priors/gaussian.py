@@ -5,7 +5,7 @@ import math
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varify.errors import PriorError
 from varify.priors.registry import register
@@ -28,11 +28,15 @@ class Gaussian(Prior):
         bias_std: the default for parameters with less than two dimensions, instead; 0.01 is PyVarInf's.
         centered: the mean is the parameter's value at the time the prior is set, as one wants for a pretrained
             checkpoint.
+        learn_std: whether the std is learned by the gradient of the KL, one number for a parameter that starts at
+            `std`: empirical Bayes along with the training. Its logarithm is then a parameter of the variational module,
+            `prior.<name>.log_std`. An optimizer that takes no KL, such as IVON, leaves it: `varify.fit_prior` sets it.
     """
 
     mean: Tensor | float
     std: Tensor | float | None
     bias_std: float | None
+    log_std: nn.Parameter
 
     def __init__(
         self,
@@ -40,11 +44,18 @@ class Gaussian(Prior):
         std: Tensor | float | None = None,
         bias_std: float | None = None,
         centered: bool = False,
+        learn_std: bool = False,
     ) -> None:
         super().__init__()
         if centered and (isinstance(mean, Tensor) or mean != 0):
             raise PriorError("mean and centered=True exclude each other: centered takes the parameter for the mean")
+        if learn_std and isinstance(std, Tensor) and std.dim():
+            raise PriorError(
+                f"std has shape {tuple(std.shape)} and learn_std=True learns one number for a parameter: give a number "
+                "to start with, or none for 1/sqrt(fan_in)"
+            )
         self.keep(mean=mean)
+        self.learn_std = bool(learn_std)
         self.std = None
         if std is not None:
             del self.std
@@ -55,11 +66,41 @@ class Gaussian(Prior):
         self.centered = bool(centered)
 
     def for_parameter(self, w: Tensor, fan_in: int) -> "Gaussian":  # noqa: D102
-        std = self.std
+        std = self.stddev()  # of one that was learned, the number
         if std is None:
             std = self.bias_std if self.bias_std is not None and w.dim() < 2 else 1 / math.sqrt(max(fan_in, 1))
         settled = self._with(w.detach() if self.centered else self.mean, std)
-        return super(Gaussian, settled).for_parameter(w, fan_in)  # type: ignore[return-value]
+        bound: Gaussian = super(Gaussian, settled).for_parameter(w, fan_in)  # type: ignore[assignment]
+        if self.learn_std:
+            bound._learn(w)
+        return bound
+
+    def __getattr__(self, name: str) -> Any:
+        log_std = self.__dict__.get("_parameters", {}).get("log_std") if name == "std" else None
+        return super().__getattr__(name) if log_std is None else log_std.exp()
+
+    def _learn(self, like: Tensor) -> None:
+        """Make a parameter of the std."""
+        std = float(self._known_std())  # as yet a number
+        del self.std
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.log_std = nn.Parameter(torch.tensor(math.log(std), dtype=dtype, device=like.device))
+
+    def adopt(self, before: Prior) -> None:  # noqa: D102
+        if self.learn_std and isinstance(before, Gaussian) and "log_std" in before._parameters:
+            self.__dict__.pop("std", None)
+            self.log_std = before.log_std
+
+    def settings(self) -> dict[str, Any]:  # noqa: D102
+        std = self.stddev()
+        learned = {"std": float(std)} if self.learn_std and std is not None else {}
+        return {**super().settings(), **learned}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: object) -> None:
+        log_std = state_dict.get(prefix + "log_std")
+        if self.learn_std and isinstance(log_std, Tensor) and "log_std" not in self._parameters:
+            self._learn(log_std)  # made of settings, and not yet for a parameter
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @classmethod
     def check_settings(cls, settings: dict[str, Any], shape: torch.Size) -> None:  # noqa: D102
@@ -70,7 +111,7 @@ class Gaussian(Prior):
     def _with(self, mean: Tensor | float, std: Tensor | float) -> "Gaussian":
         """One of this class, with what else a subclass has, and these for mean and std."""
         new = copy.deepcopy(self)
-        for name in ("mean", "std"):
+        for name in ("mean", "log_std" if "log_std" in new._parameters else "std"):
             delattr(new, name)
         new.keep(mean=mean)
         new.keep_positive(std=std)
@@ -81,7 +122,7 @@ class Gaussian(Prior):
         return normal_log_density((w - self.mean) / self._known_std(), self._known_std()).sum()
 
     def stddev(self) -> Tensor | float | None:  # noqa: D102
-        return self.std
+        return self.std.detach() if isinstance(self.std, Tensor) else self.std
 
     def _known_std(self) -> Tensor | float:
         if self.std is None:

@@ -77,6 +77,9 @@ class Prior(nn.Module):
         prior._buffers = {name: value.expand(chosen.shape)[chosen] for name, value in buffers.items()}
         return prior
 
+    def adopt(self, before: "Prior") -> None:
+        """Learn on with the parameters of `before`, which an optimizer knows; the numbers in them come afterwards."""
+
     def settings(self) -> dict[str, Any]:
         """The arguments that make this prior again: numbers and strings; of a tensor, its shape as a list."""
         values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -162,8 +165,8 @@ def refuse_gradients(name: str, value: object) -> None:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise PriorError(
-            f"{name} requires a gradient, and hyper-parameters are constants: pass {name}.detach(), and use "
-            "varify.fit_prior to set the std of Gaussian priors"
+            f"{name} requires a gradient, and hyper-parameters are constants: pass {name}.detach(); the std of "
+            "Gaussian priors is learned by varify.priors.Gaussian(std=..., learn_std=True), or set by varify.fit_prior"
         )
 
 
