@@ -41,7 +41,7 @@ from varify.serialization import load, save
 from varify.variationalize import variationalize
 from varify.weights.kl import register_kl
 from varify.weights.posterior import GaussianPosterior
-from varify.within import predict, prior_loss
+from varify.within import generate, predict, prior_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "fit_prior",
     "fit_sigma",
     "fit_temperature",
+    "generate",
     "inits",
     "kl_weight",
     "load",

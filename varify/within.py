@@ -117,6 +117,30 @@ def predict(
     return gather(found.outputs, outputs, class_dim, found.vectorized)
 
 
+@torch.no_grad()
+def generate(vnet: nn.Module, *args: object, **kwargs: object) -> Any:
+    """The network's own `generate`: within `vnet.sampling()` with one draw of the weights for all of the call.
+
+    Otherwise with the means. A draw in each forward would give every token of a sequence other weights. A batch's
+    sequences share the draw: call it once for each that is to have its own.
+
+    Args:
+        vnet: a variational module around a network that has `generate`, such as those of transformers and PEFT.
+        args: of that, as are `kwargs`.
+        kwargs: likewise.
+
+    Raises:
+        ModelError: vnet is no variational module, or its network has no `generate`.
+    """
+    check_variational(vnet, "varify.generate")
+    own: Any = vnet
+    if not hasattr(own.module, "generate"):
+        raise ModelError(f"the {type(own.module).__name__} within has no generate(), which those of transformers have")
+    posteriors = own.posteriors
+    theta = posteriors.draw(own.drawing.noise) if own.drawing.always else posteriors.masked_means()
+    return own.engine.views.run(lambda network: network.generate(*args, **kwargs), theta, training=False)
+
+
 def means_of(vnet: Any) -> dict[str, Tensor]:
     """The means of all variational parameters of a `VariationalModule` by name, each in its network's dtype."""
     # not mu itself, which momentum may have moved where a weight is pruned
