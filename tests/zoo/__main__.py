@@ -46,7 +46,7 @@ def main(groups: list[str]) -> None:
 def told(records: dict[str, list[Record]]) -> str:
     """The tables as Markdown."""
     versions = ", ".join(
-        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "timm", "transformers")
+        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "torchvision", "timm", "transformers", "peft")
     )
     lines = [
         f"{datetime.date.today():%B %Y}, {platform.machine()}, Python {platform.python_version()}, {versions}.",
