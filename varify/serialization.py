@@ -99,7 +99,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
 
     Args:
         path: of the file.
-        model: a plain network like the one converted, with any weights, on the device that is wanted. Not changed.
+        model: a plain network like the one converted, with any weights, on the device that is wanted. Not changed. What
+            a file of `save(only=...)` lacks is taken from it: give it the weights of the base.
 
     Raises:
         FileError: the file was not written by `save`.
