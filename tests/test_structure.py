@@ -41,7 +41,7 @@ LAYERS = (
         "file_settings",
         "serialization",
     ),
-    *("analysis", "integrations", "testing", "experiments"),
+    *("analysis", "plots", "integrations", "testing", "experiments"),
 )
 MOST_LINES, MOST_CLASS_LINES, MOST_METHODS, MOST_IMPORTS = 300, 250, 25, 10
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name not in ("__init__.py", "__main__.py"))
@@ -113,7 +113,7 @@ def test_the_core_needs_torch_and_numpy_alone_and_experiments_use_public_names()
             assert used <= public, f"{path.name} uses {used - public}"
         else:
             outside = {m.split(".")[0] for m in imports(path)} - allowed
-            optional = {"safetensors"} if path.stem == "serialization" else set()
+            optional = {"serialization": {"safetensors"}, "plots": {"matplotlib"}}.get(layer_of(name_of(path)), set())
             if layer_of(name_of(path)) == "integrations":  # a library a file, imported when it is asked for
                 optional = {path.stem.removeprefix("with_")}
             assert not outside - optional, f"{path.name} imports {outside}"
@@ -121,7 +121,10 @@ def test_the_core_needs_torch_and_numpy_alone_and_experiments_use_public_names()
 
 @pytest.mark.parametrize(
     "name",
-    ["varify", *(f"varify.{n}" for n in ("estimators", "graph", "inits", "integrations", "priors", "propagation"))],
+    [
+        "varify",
+        *(f"varify.{n}" for n in ("estimators", "graph", "inits", "integrations", "plots", "priors", "propagation")),
+    ],
 )
 def test_public_modules_say_what_is_public(name: str) -> None:
     module = importlib.import_module(name)

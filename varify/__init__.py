@@ -1,6 +1,6 @@
 """varify: any torch network, made variational in one line."""
 
-from varify import estimators, inits, optim, priors, propagation, testing
+from varify import estimators, inits, optim, plots, priors, propagation, testing
 from varify.analysis.description_length import DescriptionLength, description_length
 from varify.analysis.diagnose import diagnose
 from varify.analysis.findings import Diagnosis, Finding
@@ -86,6 +86,7 @@ __all__ = [
     "load",
     "optim",
     "parameter_groups",
+    "plots",
     "predict",
     "prior_loss",
     "priors",
