@@ -8,8 +8,10 @@ def main() -> int:
     try:
         from varify.experiments.cli import run
     except ModuleNotFoundError as error:
-        print(f'varify: {error.name} is missing; pip install "varify[experiments]"', file=sys.stderr)
+        print(f'varify: {error.name} is missing; pip install "torch-varify[experiments]"', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # torch takes seconds to import
+        return 130
     return run(sys.argv[1:])
 
 

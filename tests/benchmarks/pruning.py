@@ -12,21 +12,22 @@ import torch
 import varify
 from varify.experiments.data import digits
 from varify.experiments.settings import Settings
-from varify.experiments.training import Twins
+from varify.experiments.training import Training
 
 
 def main() -> None:
     images = digits(Path())
-    twins = Twins(Settings(), torch.device("cpu"))
-    while twins.epoch < twins.settings.epochs:
-        twins.train_epoch(images, lambda *losses: None)
+    training = Training(Settings(networks="variational"), images)
+    while training.epoch < training.settings.epochs:
+        training.train_epoch(lambda figures: None)
+    assert training.variational is not None
 
     def accuracy(vnet: varify.VariationalModule) -> float:
         with torch.no_grad():
             return float((vnet.eval()(images.test).argmax(1) == images.test_labels).float().mean())
 
     fractions = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98)
-    for share, figure in varify.pruning_curve(twins.variational, accuracy, fractions):
+    for share, figure in varify.pruning_curve(training.variational, accuracy, fractions):
         print(f"{share:6.2f} pruned: accuracy {figure:.4f}")
 
 

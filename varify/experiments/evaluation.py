@@ -1,4 +1,4 @@
-"""How good two networks are, and how well they know it."""
+"""How good a network is, and how well it knows it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,6 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import Tensor, nn
 
 from varify import Prediction, VariationalModule
-from varify.experiments.data import Images
 
 BINS = 10
 BATCH = 1000
@@ -18,38 +17,47 @@ BATCH = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One network on held-out images and on letters.
+    """One network on held-out images and on images of another kind.
 
     Attributes:
         probabilities: of the held-out images, `(n, classes)`.
-        entropy: of them, `(n,)`, nats; `letter_entropy` likewise.
-        metrics: accuracy, NLL (nats per image), expected calibration error (10 bins, top label), and AUROC of the
-            entropy as a detector of letters.
+        labels: of these, `(n,)`.
+        entropy: of them, `(n,)`, nats; `other_entropy` of the others.
+        metrics: accuracy, NLL (nats per image), expected calibration error (10 bins, top label), Brier score (the sum
+            over classes), and AUROC of the entropy as a detector of the others.
     """
 
     probabilities: Tensor
     labels: Tensor
     entropy: Tensor
-    letter_entropy: Tensor
+    other_entropy: Tensor
     metrics: dict[str, float]
 
 
-def evaluate(network: nn.Module, images: Images, n_samples: int, seed: int) -> Evaluation:
+def evaluate(
+    network: nn.Module, held_out: tuple[Tensor, Tensor], other: Tensor, n_samples: int, seed: int
+) -> Evaluation:
     """The network's predictions and their metrics; of a variational one, with `n_samples` draws under `seed`."""
+    images, labels = held_out
     torch.manual_seed(seed)
-    log_p = _log_probabilities(network, images.test, n_samples)
-    letters = _log_probabilities(network, images.letters, n_samples)
-    entropies = [-(x.exp() * x).sum(1) for x in (log_p, letters)]
-    is_letter = torch.cat([torch.full_like(x, i, dtype=torch.long) for i, x in enumerate(entropies)])
-    labels = images.test_labels
+    log_p, others = log_probabilities(network, images, n_samples), log_probabilities(network, other, n_samples)
+    entropies = [torch.special.entr(x.exp()).sum(1) for x in (log_p, others)]
+    p = log_p.exp()
     metrics = {
-        "accuracy": accuracy_score(labels.cpu(), log_p.argmax(1).cpu()),
+        "accuracy": accuracy_score(labels.cpu(), p.argmax(1).cpu()),
         "nll": F.nll_loss(log_p, labels),
-        "ece": calibration_error(log_p.exp().cpu(), labels.cpu()),
-        "letters_auroc": roc_auc_score(is_letter.cpu(), torch.cat(entropies).cpu()),
+        "ece": calibration_error(p.cpu(), labels.cpu()),
+        "brier": (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean(),
+        "ood_auroc": detection(entropies[0], entropies[1]),
     }
     figures = {name: float(value) for name, value in metrics.items()}
-    return Evaluation(log_p.exp().cpu(), labels.cpu(), entropies[0].cpu(), entropies[1].cpu(), figures)
+    return Evaluation(p.cpu(), labels.cpu(), entropies[0].cpu(), entropies[1].cpu(), figures)
+
+
+def detection(inside: Tensor, outside: Tensor) -> float:
+    """AUROC of a score, `(n,)` and `(m,)`, which is to be greater outside."""
+    is_outside = torch.cat([torch.zeros(len(inside)), torch.ones(len(outside))])
+    return float(roc_auc_score(is_outside, torch.cat([inside, outside]).cpu()))
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
@@ -62,8 +70,16 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return float((abs(share - mean) * sizes[sizes > 0]).sum() / len(right))
 
 
+def nll(network: nn.Module, images: Tensor, labels: Tensor, n_samples: int) -> float:
+    """Of the predictive distribution, nats per image; torch's random numbers stay as they are."""
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return float(F.nll_loss(log_probabilities(network, images, n_samples), labels))
+
+
 @torch.no_grad()
-def _log_probabilities(network: nn.Module, inputs: Tensor, n_samples: int) -> Tensor:
+def log_probabilities(network: nn.Module, inputs: Tensor, n_samples: int) -> Tensor:
     """`(n, classes)`, in double precision: a mean of probabilities near 1 needs the digits for its logarithm."""
     parts = []
     for x in inputs.split(BATCH):
