@@ -1,7 +1,6 @@
 """The command line: the parser, and what an error looks like."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -30,9 +29,6 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nvarify: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `varify evaluate RUN | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def parsers() -> tuple[Parser, dict[str, Parser]]:

@@ -1,9 +1,11 @@
 """`varify evaluate`: the figures of a run again, from its checkpoint."""
 
 import argparse
+from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from varify.experiments.data import Images
 from varify.experiments.evaluation import Evaluation, evaluate
 from varify.experiments.opened import device_of, open_run
 from varify.experiments.options import add_run
@@ -38,35 +40,37 @@ def do(options: argparse.Namespace) -> int:
         ood=options.ood,
     )
     seed = opened.settings.seed if options.seed is None else options.seed
-    show(evaluations(opened.training, opened.other(opened.settings.ood), seed))
+    other = opened.other(opened.settings.ood)
+    show(evaluations(opened.networks, opened.images, other, opened.settings.n_samples, seed))
     return 0
 
 
 def report(training: Training, run: Run, other: Tensor) -> None:
     """Evaluate a finished training, print it, and write it into the run folder."""
-    found = evaluations(training, other, training.settings.seed)
+    networks = {name: learner.network for name, learner in training.learners.items()}
+    settings = training.settings
+    found = evaluations(networks, training.images, other, settings.n_samples, settings.seed)
     show(found)
     run.write_json(
         "metrics.json",
         {
-            "settings": training.settings.as_dict(),
+            "settings": settings.as_dict(),
             "epoch": training.epoch,
             "best_epoch": {name: best[0] for name, best in training.best.items()},
             "seconds": {name: learner.seconds for name, learner in training.learners.items()},
             "metrics": {name: evaluation.metrics for name, evaluation in found.items()},
         },
     )
-    run.write("picture.png", of_evaluations(found, training.settings.ood))
+    run.write("picture.png", of_evaluations(found, settings.ood))
     print(f"wrote checkpoint.pt, metrics.json and picture.png to {run.folder}")
 
 
-def evaluations(training: Training, other: Tensor, seed: int) -> dict[str, Evaluation]:
+def evaluations(
+    networks: Mapping[str, nn.Module], images: Images, other: Tensor, n_samples: int, seed: int
+) -> dict[str, Evaluation]:
     """By name of the network."""
-    held_out = (training.images.test, training.images.test_labels)
-    n_samples = training.settings.n_samples
-    return {
-        name: evaluate(learner.network, held_out, other, n_samples, seed) for name, learner in training.learners.items()
-    }
+    held_out = (images.test, images.test_labels)
+    return {name: evaluate(network, held_out, other, n_samples, seed) for name, network in networks.items()}
 
 
 def show(found: dict[str, Evaluation]) -> None:

@@ -31,15 +31,13 @@ def do(options: argparse.Namespace) -> int:
     if any(not 0 <= fraction <= 1 for fraction in options.fractions):
         raise SettingsError("fractions must be shares of the weights, within [0, 1]")
     opened = open_run(options.run, device_of(options.device), data_root=options.data_root, n_samples=options.n_samples)
-    vnet, training = opened.variational, opened.training
+    vnet = opened.variational
     seed = opened.settings.seed if options.seed is None else options.seed
-    other = opened.other(opened.settings.ood)
+    other, n_samples = opened.other(opened.settings.ood), opened.settings.n_samples
     found: list[dict[str, float]] = []
 
     def merit(pruned: varify.VariationalModule) -> float:
-        training.learners = {"variational": training.learners["variational"]}
-        training.learners["variational"].network = pruned
-        found.append(evaluations(training, other, seed)["variational"].metrics)
+        found.append(evaluations({"pruned": pruned}, opened.images, other, n_samples, seed)["pruned"].metrics)
         return found[-1]["accuracy"]
 
     curve = varify.pruning_curve(vnet, merit, options.fractions, where=options.where)

@@ -83,8 +83,8 @@ def _picture(opened: Opened, sets: dict[str, Tensor], found: dict[str, Uncertain
 
 
 def _show(ax: Axes, image: Tensor, opened: Opened) -> None:
-    pixels = (image * opened.images.std + opened.images.mean).clamp(0, 1).cpu()
-    ax.imshow(pixels[0] if len(pixels) != 3 else pixels.permute(1, 2, 0), cmap="gray")
+    pixels = (image * opened.images.std + opened.images.mean).clamp(0, 1).cpu().numpy()
+    ax.imshow(pixels[0] if len(pixels) != 3 else pixels.transpose(1, 2, 0), cmap="gray")
     ax.axis("off")
 
 

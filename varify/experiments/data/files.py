@@ -107,8 +107,9 @@ def _array(where: Path, name: str) -> np.ndarray | None:
     for file in (where / name, where / f"{name}.gz"):
         if file.is_file():
             content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-            sizes = np.frombuffer(content, ">i4", count=content[3], offset=4) if len(content) > 4 else np.zeros(1)
-            if content[:3] != b"\0\0\x08" or len(content) != 4 + 4 * len(sizes) + sizes.prod():
+            start = 4 + 4 * content[3] if len(content) > 3 else 4
+            sizes = np.frombuffer(content[4:start].ljust(start - 4, b"\xff"), ">i4").astype(int)
+            if content[:3] != b"\0\0\x08" or (sizes < 0).any() or len(content) != start + sizes.prod():
                 raise DataError(f"{file} is no idx file of bytes, or is cut; download it again")
-            return np.frombuffer(content, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes).copy()
+            return np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy()
     return None
