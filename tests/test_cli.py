@@ -1,5 +1,6 @@
 """The command line as its user meets it: whole runs, the same figures again, interruptions, and what goes wrong."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 
 from varify.experiments.cli import run
 from varify.experiments.errors import RunError
+from varify.experiments.progress import Progress, shown
 from varify.experiments.runs import FORMAT, Run
 from varify.experiments.settings import Settings
 from varify.experiments.training import Training
@@ -379,3 +381,20 @@ def test_the_console_script_and_the_module_are_the_same_program() -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=120)
         assert done.stdout.startswith("varify 0.1")
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left_and_the_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress("lenet on digits", epochs=2, steps=3, done=1)
+    for i in range(3):
+        time.sleep(0.11)  # longer than tqdm takes between two pictures
+        progress.step({"loss": 0.5, "nll": 0.25, "kl": 12345.0 + i})
+    progress.close()
+    told = sys.stderr.getvalue()
+    assert re.search(r"lenet on digits: +83%.* 5/6 \[00:00<00:00, .*loss=0.500, nll=0.250, kl=12,346\]", told)
+    assert list(shown(range(3), "predictions")) == [0, 1, 2]
+    assert "predictions" in sys.stderr.getvalue()

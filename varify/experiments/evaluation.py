@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import Tensor, nn
 
 from varify import Prediction, VariationalModule
+from varify.experiments.progress import shown
 
 BINS = 10
 BATCH = 1000
@@ -35,12 +36,20 @@ class Evaluation:
 
 
 def evaluate(
-    network: nn.Module, held_out: tuple[Tensor, Tensor], other: Tensor, n_samples: int, seed: int
+    network: nn.Module,
+    held_out: tuple[Tensor, Tensor],
+    other: Tensor,
+    n_samples: int,
+    seed: int,
+    title: str | None = None,
 ) -> Evaluation:
-    """The network's predictions and their metrics; of a variational one, with `n_samples` draws under `seed`."""
+    """The network's predictions and their metrics; of a variational one, with `n_samples` draws under `seed`.
+
+    With a title, it is shown how far this is.
+    """
     images, labels = held_out
     torch.manual_seed(seed)
-    log_p, others = log_probabilities(network, images, n_samples), log_probabilities(network, other, n_samples)
+    log_p, others = (log_probabilities(network, inputs, n_samples, title) for inputs in (images, other))
     entropies = [torch.special.entr(x.exp()).sum(1) for x in (log_p, others)]
     p = log_p.exp()
     metrics = {
@@ -79,10 +88,10 @@ def nll(network: nn.Module, images: Tensor, labels: Tensor, n_samples: int) -> f
 
 
 @torch.no_grad()
-def log_probabilities(network: nn.Module, inputs: Tensor, n_samples: int) -> Tensor:
+def log_probabilities(network: nn.Module, inputs: Tensor, n_samples: int, title: str | None = None) -> Tensor:
     """`(n, classes)`, in double precision: a mean of probabilities near 1 needs the digits for its logarithm."""
     parts = []
-    for x in inputs.split(BATCH):
+    for x in shown(inputs.split(BATCH), title):
         if isinstance(network, VariationalModule):
             parts.append(Prediction(network.predict(x, n_samples=n_samples).samples.double()).probabilities().log())
         else:

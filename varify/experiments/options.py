@@ -108,6 +108,7 @@ def add_run(parser: argparse.ArgumentParser, n_samples: bool = True) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of the draws (default: that of the run)")
     if n_samples:
         parser.add_argument("--n-samples", type=int, metavar="N", help="draws for a prediction (default: the run's)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     add_device(parser)
 
 

@@ -2,9 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
 MOST_LINES = 20  # in a log file or a pipe
 
 
@@ -47,6 +50,16 @@ class Progress:
         """The work is over, or interrupted."""
         if self._bar is not None:
             self._bar.close()
+
+
+def shown(parts: Sequence[T], title: str | None) -> Iterable[T]:
+    """The parts of a work: a bar counts them on a terminal, one line elsewhere; with None for a title, nothing."""
+    if title is None or len(parts) < 2:
+        return parts
+    if sys.stderr.isatty():
+        return tqdm(parts, desc=title, leave=False)  # type: ignore[no-any-return]
+    print(f"{title}: {len(parts)} batches", file=sys.stderr, flush=True)
+    return parts
 
 
 def short(value: float) -> str:

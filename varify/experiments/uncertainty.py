@@ -7,6 +7,7 @@ from torch import Tensor
 
 import varify
 from varify.experiments.evaluation import detection
+from varify.experiments.progress import shown
 
 NORMALIZATIONS = ("softmax", "normalized")
 BATCH = 500
@@ -38,11 +39,13 @@ class Uncertainty:
 
 
 @torch.no_grad()
-def uncertainty_of(vnet: varify.VariationalModule, inputs: Tensor, n_samples: int, seed: int) -> Uncertainty:
+def uncertainty_of(
+    vnet: varify.VariationalModule, inputs: Tensor, n_samples: int, seed: int, title: str | None = None
+) -> Uncertainty:
     """Of the inputs, `(n, channels, size, size)`, with `n_samples` draws of the weights."""
     torch.manual_seed(seed)
     parts: dict[str, list[Tensor]] = {}
-    for x in inputs.split(BATCH):
+    for x in shown(inputs.split(BATCH), title):
         prediction = varify.Prediction(vnet.predict(x, n_samples=n_samples).samples.double())
         for kind in NORMALIZATIONS:
             pair = prediction.covariances(kind)

@@ -41,15 +41,15 @@ def do(options: argparse.Namespace) -> int:
     )
     seed = opened.settings.seed if options.seed is None else options.seed
     other = opened.other(opened.settings.ood)
-    show(evaluations(opened.networks, opened.images, other, opened.settings.n_samples, seed))
+    show(evaluations(opened.networks, opened.images, other, opened.settings.n_samples, seed, quiet=options.quiet))
     return 0
 
 
-def report(training: Training, run: Run, other: Tensor) -> None:
+def report(training: Training, run: Run, other: Tensor, *, quiet: bool) -> None:
     """Evaluate a finished training, print it, and write it into the run folder."""
     networks = {name: learner.network for name, learner in training.learners.items()}
     settings = training.settings
-    found = evaluations(networks, training.images, other, settings.n_samples, settings.seed)
+    found = evaluations(networks, training.images, other, settings.n_samples, settings.seed, quiet=quiet)
     show(found)
     run.write_json(
         "metrics.json",
@@ -66,11 +66,14 @@ def report(training: Training, run: Run, other: Tensor) -> None:
 
 
 def evaluations(
-    networks: Mapping[str, nn.Module], images: Images, other: Tensor, n_samples: int, seed: int
+    networks: Mapping[str, nn.Module], images: Images, other: Tensor, n_samples: int, seed: int, *, quiet: bool
 ) -> dict[str, Evaluation]:
     """By name of the network."""
     held_out = (images.test, images.test_labels)
-    return {name: evaluate(network, held_out, other, n_samples, seed) for name, network in networks.items()}
+    return {
+        name: evaluate(network, held_out, other, n_samples, seed, None if quiet else f"predictions, {name}")
+        for name, network in networks.items()
+    }
 
 
 def show(found: dict[str, Evaluation]) -> None:

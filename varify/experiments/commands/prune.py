@@ -37,7 +37,9 @@ def do(options: argparse.Namespace) -> int:
     found: list[dict[str, float]] = []
 
     def merit(pruned: varify.VariationalModule) -> float:
-        found.append(evaluations({"pruned": pruned}, opened.images, other, n_samples, seed)["pruned"].metrics)
+        name = f"pruned, {len(found) + 1} of {len(options.fractions)}"
+        evaluation = evaluations({name: pruned}, opened.images, other, n_samples, seed, quiet=options.quiet)[name]
+        found.append(evaluation.metrics)
         return found[-1]["accuracy"]
 
     curve = varify.pruning_curve(vnet, merit, options.fractions, where=options.where)

@@ -55,14 +55,14 @@ def do(options: argparse.Namespace) -> int:
     other = other_images(training.settings, training.images, training.settings.ood)
     try:
         _to_the_end(training, run, quiet=options.quiet)
+        training.take_best()
+        report(training, run, other, quiet=options.quiet)
+        return 0
     except KeyboardInterrupt:
         epochs = f"{training.epoch} of {training.settings.epochs}"
         print(f"\nvarify: interrupted; {run.folder / 'checkpoint.pt'} holds epoch {epochs}.", file=sys.stderr)
         print(f"Go on with: varify train --resume {run.folder}", file=sys.stderr)
         return 130
-    training.take_best()
-    report(training, run, other)
-    return 0
 
 
 def _started(options: argparse.Namespace) -> tuple[Training, Run]:

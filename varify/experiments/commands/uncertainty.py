@@ -44,7 +44,10 @@ def do(options: argparse.Namespace) -> int:
     seed = settings.seed if options.seed is None else options.seed
     name = options.ood or settings.ood
     sets = {"held-out images": opened.images.test[: options.batch], name: opened.other(name)[: options.batch]}
-    found = {title: uncertainty_of(vnet, x, settings.n_samples, seed) for title, x in sets.items()}
+    found = {
+        title: uncertainty_of(vnet, x, settings.n_samples, seed, None if options.quiet else title)
+        for title, x in sets.items()
+    }
     rows = compared(*found.values())
     print(f"{'':24}{'held-out images':>17}{name[-16:]:>17}{'AUROC':>8}")
     for title, row in rows.items():
