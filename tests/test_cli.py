@@ -216,7 +216,8 @@ BAD_SETTINGS = [
     (["--where", "conv9*"], "matches no parameter"),
     (["--record", "conv9*"], "record 'conv9*' matches no variational parameter; there are conv1.weight"),
     (["--networks", "plain", "--record", "*"], "record is of a variational network"),
-    (["--estimator", "locale"], "did you mean 'local'?"),
+    (["--estimator", "locale"], "estimator must be one of 'auto', 'flipout', 'local', 'weights'"),
+    (["--optimizer", "ivno"], "did you mean 'ivon'?"),
     (["--kl-schedule", "warmup"], "did you mean 'warm-up'?"),
     (["--kl-schedule", "warm-up:2"], "takes a share within (0, 1]"),
     (["--kl-schedule", "blundell", "--optimizer", "ivon"], "ivon has the KL in its step"),
@@ -360,6 +361,20 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_epoch_before(
     assert run(["train", *SHORT, "--networks", "plain", "--lr", "1e20", "--out", str(folder)]) == 2
     assert re.match(r"varify: plain is (nan|inf) in epoch 1: a lower --lr may help", one_line(capsys))
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--networks", "plain", "--model", "mlp", "--batch-size", "500", "--validation", "0.5"]
+    assert run(["train", *SHORT, *options, "--tensorboard", "--out", str(tmp_path / "run")]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"plain", "plain_validation"}
+    told = [(e.step, e.value) for e in events.Scalars("plain_validation")]
+    best = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["best"]["plain"]
+    assert [step for step, _ in told] == [1, 2]
+    assert min(value for _, value in told) == pytest.approx(best[1])
 
 
 @pytest.mark.parametrize("extra", ["tensorboard", "shtab"])

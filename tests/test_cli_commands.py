@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import varify
 from varify.experiments.cli import parsers, run
 from varify.experiments.commands import COMMANDS
 from varify.experiments.opened import open_run
+from varify.experiments.settings import Settings
 from varify.experiments.uncertainty import uncertainty_of
 
 CPU = torch.device("cpu")
@@ -188,6 +190,12 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture) -
         _, commands = parsers()
         for action in commands[name]._actions:
             assert action.help, action.dest
+
+
+def test_every_setting_is_an_option_of_train() -> None:
+    _, commands = parsers()
+    options = {action.dest for action in commands["train"]._actions}
+    assert {f.name for f in fields(Settings)} <= options
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

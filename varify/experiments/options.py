@@ -35,6 +35,7 @@ LIBRARYS = {
 # What a shell completes; a value may be another, such as a folder for data.
 VALUES: dict[str, Sequence[str]] = {f.name: f.metadata["among"] for f in fields(Settings) if f.metadata["among"]}
 VALUES |= {"model": tuple(MODELS), "data": tuple(DATA), "ood": ("letters", *DATA), "kl_schedule": tuple(SCHEDULES)}
+VALUES["estimator"] = ("auto", "weights", "local", "flipout")
 
 
 class Parser(argparse.ArgumentParser):

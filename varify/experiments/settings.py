@@ -12,7 +12,6 @@ from varify.experiments.models.networks import ACTIVATIONS, MODELS
 from varify.experiments.spelling import PRIOR_DEFAULTS, parsed_prior, parsed_schedule
 
 NETWORKS = ("both", "plain", "variational")
-ESTIMATORS = ("auto", "weights", "local", "flipout")
 OPTIMIZERS = ("adam", "ivon")
 PLANS = ("cosine", "constant", "plateau")
 
@@ -43,7 +42,7 @@ class Settings:
     )
     init: str | None = setting(None, "of mu and rho: of_weights, relative, constant, zero_mean, normal, moped")
     where: str | None = setting(None, "glob on parameter names: which are variational")
-    estimator: str | None = setting(None, "of gradients", ESTIMATORS)
+    estimator: str | None = setting(None, "of gradients: auto, weights, local, flipout, or one with rules of your own")
     optimizer: str = setting("adam", "of the variational network; the plain one has adam", OPTIMIZERS)
     lr: float = setting(2e-3, "adam's rate, of weights and means")
     rho_lr: float | None = setting(None, "adam's rate of the rho's")
