@@ -1,6 +1,19 @@
 """Networks as users of the command line write them: `varify train --model tests.factories:NAME`."""
 
+import torch
 from torch import Tensor, nn
+
+import varify
+
+
+@varify.priors.register("laplace-of-the-factories")
+class Laplace(varify.priors.Prior):
+    def __init__(self, scale: float, n_mc_samples: int = 1) -> None:
+        super().__init__(n_mc_samples)
+        self.keep_positive(scale=scale)
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        return torch.distributions.Laplace(0.0, self.scale).log_prob(w).sum()
 
 
 def fits(classes: int) -> nn.Module:

@@ -287,10 +287,14 @@ def test_a_factory_that_raises_shows_the_users_own_lines(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_factory_of_ones_own(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert run(["train", *SHORT, "--model", "tests.factories:fits", "--out", str(folder)]) == 0
-    assert run(["evaluate", str(folder), "--n-samples", "1"]) == 0
+def test_a_factory_of_ones_own_in_the_working_directory_with_a_prior_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text((Path(__file__).parent / "factories.py").read_text())
+    train = ["train", "--epochs", "1", "--quiet", "--model", "mine:fits", "--out", "run", "--batch-size", "500"]
+    for command in ([*train, "--prior", "laplace-of-the-factories:scale=0.1"], ["evaluate", "run"]):
+        # as the console script, which has no working directory on its path
+        script = f"import sys; sys.path.remove(''); from varify.experiments.cli import run; sys.exit(run({command}))"
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
 
 def test_bad_folders_are_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

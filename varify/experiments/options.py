@@ -30,8 +30,6 @@ LIBRARYS = {
     "augment": "none",
     "record": "none",
 }
-
-
 # What a shell completes; a value may be another, such as a folder for data.
 VALUES: dict[str, Sequence[str]] = {f.name: f.metadata["among"] for f in fields(Settings) if f.metadata["among"]}
 VALUES |= {"model": tuple(MODELS), "data": tuple(DATA), "ood": ("letters", *DATA), "kl_schedule": tuple(SCHEDULES)}

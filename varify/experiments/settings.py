@@ -99,15 +99,17 @@ class Settings:
                 raise SettingsError(f"beta must be auto or a number of at least 0, not {self.beta}")
         if self.optimizer == "ivon" and self.kl_schedule != "constant":
             raise SettingsError("ivon has the KL in its step: kl-schedule must be constant with it")
-        if self.optimizer == "ivon" and self.beta == "0":
+        if self.optimizer == "ivon" and self.beta != "auto" and float(self.beta) == 0:
             raise SettingsError("ivon needs a beta greater than 0")
+        parsed_schedule(self.kl_schedule)
+        if self.model not in MODELS:
+            return  # the user's module, which is imported later, may register priors and initializations
+        self.make_prior()
         if self.init is not None:
             try:
                 inits.as_init(self.init)
             except VarifyError as error:
                 raise SettingsError(str(error)) from None
-        parsed_schedule(self.kl_schedule)
-        self.make_prior()
 
     @property
     def augmentations(self) -> list[str]:

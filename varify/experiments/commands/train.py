@@ -7,6 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from varify.experiments import toml
 from varify.experiments.commands.evaluate import report
 from varify.experiments.errors import SettingsError
@@ -51,21 +54,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def do(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    training, run = _resumed(options) if options.resume is not None else _started(options)
-    other = other_images(training.settings, training.images, training.settings.ood)
+    training, run, other = _resumed(options) if options.resume is not None else _started(options)
     try:
         _to_the_end(training, run, quiet=options.quiet)
         training.take_best()
         report(training, run, other, quiet=options.quiet)
         return 0
     except KeyboardInterrupt:
-        epochs = f"{training.epoch} of {training.settings.epochs}"
+        epochs = f"{run.load(torch.device('cpu'))['epoch']} of {training.settings.epochs}"
         print(f"\nvarify: interrupted; {run.folder / 'checkpoint.pt'} holds epoch {epochs}.", file=sys.stderr)
         print(f"Go on with: varify train --resume {run.folder}", file=sys.stderr)
         return 130
 
 
-def _started(options: argparse.Namespace) -> tuple[Training, Run]:
+def _started(options: argparse.Namespace) -> tuple[Training, Run, Tensor]:
     settings = _settings(options)
     device = device_of(options.device)
     if settings.tensorboard:
@@ -75,12 +77,12 @@ def _started(options: argparse.Namespace) -> tuple[Training, Run]:
     )
     Run.check_free(where)
     images = load_images(settings, device)
-    other_images(settings, images, settings.ood)  # which may not be there: better told now than after the training
+    other = other_images(settings, images, settings.ood)  # if they are not there: better told now than at the end
     training = Training(settings, images)
-    return training, Run.create(where, settings, training.state_dict())
+    return training, Run.create(where, settings, training.state_dict()), other
 
 
-def _resumed(options: argparse.Namespace) -> tuple[Training, Run]:
+def _resumed(options: argparse.Namespace) -> tuple[Training, Run, Tensor]:
     given = given_settings(options)
     others = [name for name in given if name not in ("epochs", "data_root")]
     others += [name for name in ("out", "config") if getattr(options, name) is not None]
@@ -91,13 +93,15 @@ def _resumed(options: argparse.Namespace) -> tuple[Training, Run]:
     before = run.settings()
     settings = replace(before, **given)
     state = run.load(device)
-    training = Training(settings, load_images(settings, device))
+    images = load_images(settings, device)
+    other = other_images(settings, images, settings.ood)
+    training = Training(settings, images)
     restore(training, state, run)
     if settings.epochs < training.epoch:
         raise SettingsError(f"epochs {settings.epochs}: the run has done {training.epoch} already")
     if settings != before:
         run.save_settings(settings)
-    return training, run
+    return training, run, other
 
 
 def _settings(options: argparse.Namespace) -> Settings:
