@@ -7,7 +7,8 @@ from torch import Tensor
 
 from varify.errors import ArgumentError
 from varify.plots.axes import BLUE, ORANGE, Axis, axis
-from varify.prediction.prediction import Likelihood, Prediction
+from varify.prediction.noise import Likelihood
+from varify.prediction.prediction import Prediction
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from varify.errors import ArgumentError, one_of
-from varify.prediction.prediction import OUTPUTS, Likelihood, Prediction, Variances
+from varify.prediction.classes import OUTPUTS
+from varify.prediction.noise import Likelihood
+from varify.prediction.prediction import Prediction, Variances
 
 # Of the quasi-random sequence that the measures on classes are averages over.
 POINTS = 128

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from varify.errors import ArgumentError, one_of
 from varify.network.sharding import gathered
 from varify.prediction.linearizing import mapped
-from varify.prediction.prediction import OUTPUTS
+from varify.prediction.classes import OUTPUTS
 from varify.propagation.prediction import GaussianPrediction
 from varify.propagation.rules import Uncertain
 from varify.propagation.tensors import UncertainTensor, run_network
