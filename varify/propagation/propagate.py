@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from varify.errors import ArgumentError, one_of
 from varify.network.sharding import gathered
-from varify.prediction.linearizing import mapped
 from varify.prediction.classes import OUTPUTS
+from varify.prediction.linearizing import mapped
 from varify.propagation.prediction import GaussianPrediction
 from varify.propagation.rules import Uncertain
 from varify.propagation.tensors import UncertainTensor, run_network
