@@ -115,7 +115,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
 def test_a_resumed_run_may_be_longer(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
-    assert run(["train", *SHORT, "--epochs", "1", "--model", "mlp", "--out", str(folder)]) == 0
+    assert run(["train", *SHORT, "--epochs", "1", "--model", "mlp", "--size", "8", "--out", str(folder)]) == 0
     assert run(["train", "--resume", str(folder), "--epochs", "2", "--quiet"]) == 0
     assert Run(folder).settings().epochs == 2
     assert json.loads((folder / "metrics.json").read_text())["epoch"] == 2
@@ -125,10 +125,12 @@ def test_a_resumed_run_may_be_longer(finished: Path, tmp_path: Path, capsys: pyt
 
 
 def test_settings_from_a_file_are_those_of_the_options(tmp_path: Path) -> None:
-    options = ["--model", "mlp", "--lr", "1e-3", "--estimator", "flipout", "--batch-size", "400", *SHORT]
+    options = ["--model", "mlp", "--size", "8", "--lr", "1e-3", "--estimator", "flipout", "--batch-size", "400", *SHORT]
     assert run(["train", *options, "--out", str(tmp_path / "a")]) == 0
     config = tmp_path / "config.toml"
-    config.write_text('model = "mlp"\nlr = 0.001\nestimator = "flipout"\nbatch-size = 400\nepochs = 9\nn_samples = 4\n')
+    config.write_text(
+        'model = "mlp"\nsize = 8\nlr = 0.001\nestimator = "flipout"\nbatch-size = 400\nepochs = 9\nn_samples = 4\n'
+    )
     assert run(["train", "--config", str(config), "--epochs", "2", "--quiet", "--out", str(tmp_path / "b")]) == 0
     again = ["train", "--config", str(tmp_path / "a" / "settings.toml"), "--quiet", "--out", str(tmp_path / "c")]
     assert run(again) == 0
@@ -147,7 +149,7 @@ def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                         p.mul_(0)
         return original(self, report)
 
-    options = [*SHORT, "--batch-size", "300", "--validation", "0.3"]
+    options = [*SHORT, "--model", "mlp", "--size", "8", "--batch-size", "300", "--validation", "0.3"]
     assert run(["train", *options, "--epochs", "1", "--lr-plan", "constant", "--out", str(tmp_path / "one")]) == 0
     monkeypatch.setattr(Training, "train_epoch", ruined)
     assert run(["train", *options, "--lr-plan", "constant", "--out", str(tmp_path / "two")]) == 0
@@ -157,7 +159,20 @@ def test_the_best_epoch_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_pipe_gets_a_few_lines_and_quiet_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    options = ["--epochs", "45", "--n-samples", "1", "--networks", "plain", "--model", "mlp", "--batch-size", "2000"]
+    options = [
+        "--epochs",
+        "45",
+        "--n-samples",
+        "1",
+        "--networks",
+        "plain",
+        "--model",
+        "mlp",
+        "--size",
+        "8",
+        "--batch-size",
+        "2000",
+    ]
     assert run(["train", *options, "--out", str(tmp_path / "a")]) == 0
     told = capsys.readouterr().err.splitlines()
     assert 10 <= len(told) <= 22
@@ -370,7 +385,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_epoch_before(
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = ["--networks", "plain", "--model", "mlp", "--batch-size", "500", "--validation", "0.5"]
+    options = ["--networks", "plain", "--model", "mlp", "--size", "8", "--batch-size", "500", "--validation", "0.5"]
     assert run(["train", *SHORT, *options, "--tensorboard", "--out", str(tmp_path / "run")]) == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

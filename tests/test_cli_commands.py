@@ -31,7 +31,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "plain"
-    options = ["--model", "mlp", "--epochs", "1", "--batch-size", "500", "--networks", "plain", "--quiet"]
+    options = [
+        "--model",
+        "mlp",
+        "--size",
+        "8",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "500",
+        "--networks",
+        "plain",
+        "--quiet",
+    ]
     assert run(["train", *options, "--out", str(folder)]) == 0
     return folder
 

@@ -44,7 +44,7 @@ def test_the_posterior_is_the_mixture_of_the_weights_posteriors(vnet: varify.Var
 
 def test_reliability_counts_as_a_loop_does(ax: object) -> None:
     torch.manual_seed(1)
-    p, y = torch.randn(500, 4).softmax(1), torch.randint(4, (500,))
+    p, y = torch.randn(500, 12).softmax(1), torch.randint(12, (500,))
     plots.reliability(p, y, n_bins=5, label="one", ax=ax)
     rows: dict[int, list[tuple[float, bool]]] = {}
     for probabilities, label in zip(p.tolist(), y.tolist(), strict=True):
