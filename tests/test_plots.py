@@ -54,7 +54,7 @@ def test_reliability_counts_as_a_loop_does(ax: object) -> None:
     expected = [np.mean(rows[bin_], axis=0) for bin_ in sorted(rows)]
     np.testing.assert_allclose(drawn, expected, rtol=1e-5)
     areas = ax.collections[0].get_sizes()
-    np.testing.assert_allclose((areas - 8) / 200, [len(rows[bin_]) / 500 for bin_ in sorted(rows)])
+    np.testing.assert_allclose((areas - 8) / 200, [len(rows[bin_]) / 500 for bin_ in sorted(rows)], rtol=1e-5)
     plots.reliability(p, y, ax=ax)
     assert len(ax.lines) == 3  # the diagonal once
 
