@@ -41,7 +41,7 @@ def reliability(
     ax = axis(ax)
     if not ax.lines:
         ax.plot([0, 1], [0, 1], ":", color=GREY, label="calibrated")
-    ax.plot(confidences, hits, "-", color=color, label=label)
+    ax.plot(confidences, hits, "-", color=color, alpha=0.5, lw=1, label=label)
     ax.scatter(confidences, hits, 8 + 200 * shares, color=color, alpha=0.6, linewidths=0)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     if label is not None:

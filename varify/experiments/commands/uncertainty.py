@@ -43,16 +43,17 @@ def do(options: argparse.Namespace) -> int:
     vnet, settings = opened.variational, opened.settings
     seed = settings.seed if options.seed is None else options.seed
     name = options.ood or settings.ood
-    sets = {"held-out images": opened.images.test[: options.batch], name: opened.other(name)[: options.batch]}
+    short, other = Path(name).name, opened.other(name)
+    sets = {"held-out images": opened.images.test[: options.batch], short: other[: options.batch]}
     found = {
         title: uncertainty_of(vnet, x, settings.n_samples, seed, None if options.quiet else title)
         for title, x in sets.items()
     }
     rows = compared(*found.values())
-    print(f"{'':24}{'held-out images':>17}{name[-16:]:>17}{'AUROC':>8}")
+    print(f"{'':24}{'held-out images':>17}{short[:16]:>17}{'AUROC':>8}")
     for title, row in rows.items():
         print(f"{title:24}{row['inside']:17.5f}{row['outside']:17.5f}{row['auroc']:8.3f}")
-    part = f"uncertainty-{Path(name).name}"
+    part = f"uncertainty-{short}"
     opened.run.write_json(f"{part}.json", {"ood": name, "n_samples": settings.n_samples, "seed": seed, "scores": rows})
     opened.run.write(f"{part}.png", _picture(opened, sets, found, options.inputs))
     print(f"wrote {part}.json and {part}.png to {opened.run.folder}")
