@@ -99,7 +99,7 @@ def test_every_network_is_linear_nearby(name: str) -> None:
 
 def test_seldom_kernels_are_torchs_own_again_afterwards() -> None:
     def switches() -> list[bool]:
-        return [is_on() for is_on, _ in PLAIN_KERNELS._switches]
+        return [switch.is_on() for switch in PLAIN_KERNELS.switches]
 
     before = switches()
     vnet = varify.variationalize(seeded(CASES["lstm"]).eval())

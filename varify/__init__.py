@@ -9,6 +9,7 @@ from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.fit_temperature import fit_temperature
 from varify.analysis.pruning import prune, pruning_curve
 from varify.analysis.update_prior import update_prior
+from varify.ensembles import load_ensemble
 from varify.errors import (
     ArgumentError,
     EstimatorError,
@@ -35,6 +36,7 @@ from varify.objective.other_likelihoods import (
     PoissonLikelihood,
     StudentTLikelihood,
 )
+from varify.prediction.ensemble import Ensemble
 from varify.prediction.prediction import Prediction
 from varify.propagation.prediction import GaussianPrediction
 from varify.serialization import load, save
@@ -49,6 +51,7 @@ __all__ = [
     "ArgumentError",
     "DescriptionLength",
     "Diagnosis",
+    "Ensemble",
     "EstimatorError",
     "FileError",
     "Finding",
@@ -84,6 +87,7 @@ __all__ = [
     "inits",
     "kl_weight",
     "load",
+    "load_ensemble",
     "optim",
     "parameter_groups",
     "plots",

@@ -12,15 +12,15 @@ from varify import state
 from varify.compiled import paired, run_compiled
 from varify.graph.engine import Engine, GraphModule, code_of
 from varify.posteriors import Posteriors, Settings, Trees
-from varify.prediction.gather import gather
+from varify.predicting import Predicting
 from varify.priors.registry import PriorLike
 from varify.propagation.propagate import propagate
 from varify.summary import Summary, summarize
 from varify.weights.draw import Drawing
-from varify.within import copied_children, ordinary, outputs_of_draws, prior_loss, sampling, variational_parts
+from varify.within import copied_children, ordinary, prior_loss, sampling, variational_parts
 
 
-class VariationalModule(nn.Module):
+class VariationalModule(Predicting):
     """A network with a posterior over its weights; made by `varify.variationalize`.
 
     Attributes:
@@ -90,40 +90,6 @@ class VariationalModule(nn.Module):
             return self.engine.call_with(theta, args, kwargs, training=None)
 
         return f
-
-    def predict(
-        self,
-        *args: object,
-        n_samples: int = 32,
-        outputs: str = "logits",
-        class_dim: int = -1,
-        vectorize: bool | None = None,
-        linearized: bool = False,
-        **kwargs: object,
-    ) -> Any:
-        """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
-
-        Args:
-            args: of the network, as are `kwargs`.
-            n_samples: number of draws.
-            outputs: what the network returns, for the measures on classes; see `Prediction`.
-            class_dim: the classes' dimension in one output.
-            vectorize: whether to run several draws at once, by `torch.func.vmap`; by default where it is expected to
-                be faster. The draws are the same either way, and where an operation can't be vectorized they run
-                sequentially anyhow.
-            linearized: whether the draws go through the network's linear expansion at the means, f(mu) + J(mu)(w − mu),
-                which the posteriors of `fit_sigma` are those of (Immer et al. 2021, arXiv:2008.08400).
-            kwargs: of the network.
-
-        Returns:
-            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor;
-            for a nested tensor, a tuple of them.
-
-        Raises:
-            ArgumentError: n_samples is no positive integer; linearized, and an operation has no derivative.
-        """
-        found = outputs_of_draws(self, args, kwargs, n_samples, vectorize, linearized)
-        return gather(found.outputs, outputs, class_dim, found.vectorized)
 
     propagate = propagate
 

@@ -27,6 +27,7 @@ from varify.module import VariationalModule
 from varify.network.checks import check_model
 from varify.network.parameters import alias_names, first_slots
 from varify.network.sharding import refuse_sharded
+from varify.prediction.ensemble import Ensemble
 from varify.state import is_plain, read_extra_state
 from varify.variationalize import variationalize
 from varify.within import refuse_nested
@@ -35,13 +36,13 @@ FORMAT = "1"
 EXTRA = "_extra_state"  # torch's key for it
 
 
-def save(vnet: VariationalModule, path: str | os.PathLike[str], *, only: str | None = None) -> None:
+def save(vnet: VariationalModule | Ensemble, path: str | os.PathLike[str], *, only: str | None = None) -> None:
     """Write means, rho's, buffers, priors and settings to a safetensors file; needs the package `safetensors`.
 
     The file is there whole or not at all; one that was there is replaced. The network's code is not in it.
 
     Args:
-        vnet: on any device.
+        vnet: on any device. Of an `Ensemble`, its posterior and its seeds: `load_ensemble` draws the same networks.
         path: of the file, by convention `*.safetensors`.
         only: "variational" leaves out what is deterministic; "trained" leaves out what is deterministic and requires
             no gradient, such as the frozen base of an adapter, and buffers. `load` takes the rest from the network
@@ -55,6 +56,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str], *, only: str | N
             type that such files don't know.
         PriorError: a prior has settings of which `load` could not make it again.
     """
+    vnet, seeds = (vnet.vnet, vnet.seeds) if isinstance(vnet, Ensemble) else (vnet, None)
     vnet = getattr(vnet, "_orig_mod", vnet)  # of torch.compile
     if not isinstance(vnet, VariationalModule):
         raise ModelError(f"vnet must be a variational module, got a {type(vnet).__name__}; see varify.variationalize")
@@ -78,6 +80,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str], *, only: str | N
         "extra": plain,
         "same": same,
         "only": only,
+        "seeds": seeds,
     }
     metadata = {"format": "pt", "varify": FORMAT, "settings": json.dumps(settings)}
     path = Path(path)
@@ -86,7 +89,7 @@ def save(vnet: VariationalModule, path: str | os.PathLike[str], *, only: str | N
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        _library().torch.save_file(tensors, part, metadata)
+        library().torch.save_file(tensors, part, metadata)
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
     except BaseException:
@@ -111,12 +114,12 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> VariationalModule:
         EstimatorError: an estimator is unknown.
     """
     check_model(model)
-    library = _library()
+    files = library()
     if not Path(path).is_file():
         raise MissingFileError(f"there is no file {path}")
     try:
-        opened = library.safe_open(path, framework="pt")
-    except library.SafetensorError as error:
+        opened = files.safe_open(path, framework="pt")
+    except files.SafetensorError as error:
         raise FileError(f"{path} is no safetensors file, or not whole ({error}); is it of torch.save?") from None
     with opened as file:
         metadata = file.metadata() or {}
@@ -169,7 +172,8 @@ def _part_of_state(vnet: VariationalModule, only: str) -> OrderedDict[str, Any]:
     return state  # type: ignore[no-any-return]
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package `safetensors`."""
     try:
         import safetensors
         import safetensors.torch
@@ -215,7 +219,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _has_a_word_for(dtype: torch.dtype) -> bool:
     try:
-        _library().torch.save({"none": torch.empty(0, dtype=dtype)})
+        library().torch.save({"none": torch.empty(0, dtype=dtype)})
     except (KeyError, RuntimeError):  # the latter of types that torch can't make like this
         return False
     return True

@@ -13,8 +13,8 @@ from varify.network.parameters import first_slots, is_variational
 from varify.network.sharding import gathered, refuse_sharded
 from varify.network.view import Views
 from varify.prediction.gather import gather
+from varify.prediction.many import Draws
 from varify.prediction.sampling import Sampler
-from varify.prediction.vectorizing import Draws
 
 
 def variational_parts(network: nn.Module) -> list[Any]:
@@ -113,7 +113,7 @@ def predict(
         return own.predict(*args, n_samples=n_samples, outputs=outputs, class_dim=class_dim, **kwargs)
     with gathered(network):
         sampler = Sampler(Views(network, {}, whole=True), {})
-        found = sampler.outputs(args, kwargs, dict, n_samples, False, sampling)
+        found = sampler.outputs(args, kwargs, lambda n: [{}] * n, n_samples, False, lambda part, _: sampling(part))
     return gather(found.outputs, outputs, class_dim, found.vectorized)
 
 
@@ -193,25 +193,33 @@ def ordinary(vnet: Any, weights: Callable[[Any], Mapping[str, Tensor]], what: st
     return new
 
 
-@torch.no_grad()
 def outputs_of_draws(
     vnet: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     n_samples: int,
     vectorize: bool | None = None,
+    *,
+    joint: bool = True,
     linearized: bool = False,
+    gradients: bool = False,
 ) -> Draws:
     """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
     if linearized:
         refuse_nested(vnet, "linearized=True")
-    with gathered(vnet):
+    if linearized and gradients:
+        raise ArgumentError("linearized=True has no gradients: leave out gradients=True, or linearized=True")
+    with torch.set_grad_enabled(gradients), gathered(vnet):
         engine = vnet.engine
         means = means_of(vnet) if linearized else None
 
-        def draw() -> dict[str, Tensor]:
-            theta: dict[str, Tensor] = engine.posteriors.draw(vnet.drawing.noise)
-            return theta
+        def within(network: nn.Module, _: Mapping[str, Any]) -> Any:
+            return sampling(network)
 
-        draws: Draws = engine.sampler.outputs(args, kwargs, draw, n_samples, vectorize, sampling, means)
-    return draws
+        def take(number: int) -> list[dict[str, Tensor]]:
+            return [engine.posteriors.draw(vnet.drawing.noise) for _ in range(number)]
+
+        draws: Draws | None = None
+        if not joint and not linearized and vnet.drawing.noise is None:
+            draws = engine.sampler.separate_outputs(args, kwargs, n_samples, vectorize, within)
+        return draws or engine.sampler.outputs(args, kwargs, take, n_samples, vectorize, within, means)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from varify.errors import ArgumentError
-from varify.objective.arguments import has_length, unpack
+from varify.network.arguments import has_length, unpack
 
 INPUTS, TARGETS = "inputs", "targets"
 HINT = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"

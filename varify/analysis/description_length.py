@@ -13,7 +13,7 @@ import torch
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
-from varify.objective.arguments import unpack
+from varify.network.arguments import unpack
 from varify.objective.elbo import Criterion, scalar
 from varify.within import check_variational, outputs_of_draws
 

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from varify.module import VariationalModule
+from varify.network.arguments import has_length, unpack
 from varify.network.copies import copy_network
-from varify.objective.arguments import has_length, unpack
 from varify.objective.elbo import scalar
 from varify.weights.posterior import GaussianPosterior
 from varify.within import sampling, variational_parts

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, spread
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
-from varify.objective.arguments import has_length
+from varify.network.arguments import has_length
 from varify.objective.elbo import Criterion, scalar
 
 # With at most this many tensors of one length, all their combinations are tried: 63.

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from varify.analysis.evidence import Evidence, doubled, floating, share
 from varify.errors import listed
-from varify.objective.arguments import has_length
+from varify.network.arguments import has_length
 from varify.objective.elbo import scalar
 from varify.priors.gaussian import AT_PRIOR, is_gaussian, kl_of_each_weight
 from varify.weights.posterior import GaussianPosterior

@@ -14,10 +14,10 @@ from varify.graph.plans import Plan, Record, in_transform, record, run_planned
 from varify.graph.recording import placeholders
 from varify.graph.reruns import hidden_from_checkpoints, may_run_again
 from varify.graph.rewriting import refuse
+from varify.graph.separate import SeparateSampler
 from varify.network.signature import call_signature
 from varify.network.view import Views
 from varify.posteriors import Posteriors, cuda_devices
-from varify.prediction.sampling import Sampler
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -40,7 +40,7 @@ class Engine:
         self.views = Views(posteriors.network, posteriors.slots, whole=False)
         self.isolated = Views(posteriors.network, posteriors.slots, whole=True)
         self.plans: dict[Any, Plan] = {}
-        self.sampler = Sampler(self.isolated, posteriors.slots)
+        self.sampler = SeparateSampler(posteriors, self.isolated)
 
     def __reduce__(self) -> Any:
         return _none, ()  # a cache: a copied or unpickled module makes a new engine

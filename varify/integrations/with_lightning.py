@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from varify.errors import ArgumentError
-from varify.objective.arguments import unpack
+from varify.network.arguments import unpack
 from varify.objective.elbo import ELBO, Criterion, parameter_groups
 from varify.objective.schedules import Schedule
 from varify.within import predict, required_parts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
-from varify.objective.arguments import fewest, unpack
+from varify.network.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
 from varify.within import learns_undrawn, prior_loss, required_parts, variational_parts
 

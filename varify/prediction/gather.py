@@ -17,6 +17,8 @@ def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1, v
 
     A leaf that is no tensor is taken from the first draw. Of a nested tensor, each of its tensors is a leaf.
     """
+    if isinstance(draws[0], Tensor):
+        return _gather_leaf(draws, outputs, class_dim, vectorized)
     leaves, spec = pytree.tree_flatten(draws[0], is_leaf=_is_packed)
     rows = [leaves, *(pytree.tree_leaves(draw, is_leaf=_is_packed) for draw in draws[1:])]
     gathered = [_gather_leaf(column, outputs, class_dim, vectorized) for column in zip(*rows, strict=True)]

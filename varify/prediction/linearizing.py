@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from varify.errors import ArgumentError
-from varify.prediction.vectorizing import Off, Theta
+from varify.prediction.vectorizing import FUSED_ATTENTION, FUSED_LAYERS, Off, Switch, Theta
 
 Tensors = list[Tensor]
 # f(theta) to the tensors that are linearized, and to those that are not
@@ -22,12 +22,10 @@ Parts = Callable[[Theta], tuple[Tensors, Tensors]]
 
 # Kernels that have no derivative in forward mode, nor a second one in reverse mode; torch has others for each.
 PLAIN_KERNELS = Off(
-    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
-    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
+    FUSED_LAYERS,
+    *FUSED_ATTENTION,
+    Switch(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled),
+    Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled),
 )
 
 

@@ -1,8 +1,8 @@
-"""Run a network with many draws, sequentially or vectorized by vmap, with the same weights either way."""
+"""Run a network with several draws at once by vmap, and find out what that costs."""
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -14,98 +14,6 @@ from torch.utils import _pytree as pytree
 Theta = dict[str, Any]
 # Leaves of an output other than tensors; an object of any other type may contain tensors.
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, Enum)
-# Draws are vectorized in chunks whose weights take at most this many bytes, without activations.
-CHUNK_BYTES = 2**28
-
-
-class Draws(NamedTuple):
-    """What `many` returns.
-
-    Attributes:
-        outputs: by draw, in order.
-        vectorized: whether they ran vectorized.
-        keeps: whether the network was seen to store tensors of a call, in a list or a cache; None if not checked.
-        agrees: whether a draw was seen to have the same output alone and vectorized; None if not checked.
-    """
-
-    outputs: list[Any]
-    vectorized: bool
-    keeps: bool | None
-    agrees: bool | None
-
-
-def many(
-    run: Callable[[Theta], Any],
-    draw: Callable[[], Theta],
-    n_samples: int,
-    vectorize: bool | None,
-    *,
-    slow: bool = False,
-    watch: bool = True,
-) -> Draws:
-    """Outputs of `n_samples` draws.
-
-    Args:
-        run: from one draw to the network's output.
-        draw: makes one draw. A chunk is drawn before any of it runs, so that the weights are the same either way.
-        n_samples: number of draws.
-        vectorize: whether to run vectorized; None: unless `slow`.
-        slow: whether the network has operations that are slower vectorized.
-        watch: whether to run the first draw alone, and then all sequentially if the network stores a tensor of the call
-            (those of a vectorized run are of no use outside of it), or if the output differs from the vectorized one
-            (a network with its own random generator, for example, uses one number for all draws of a vectorized run).
-    """
-    vectorize = (not slow if vectorize is None else vectorize) and n_samples > 1
-    keeps: bool | None = None
-    agrees: bool | None = None
-    outputs: list[Any] = []
-    alone: list[Any] = []
-    most = n_samples
-    while len(outputs) < n_samples:
-        thetas = [draw()]
-        chunk = max(1, min(n_samples - len(outputs), CHUNK_BYTES // _bytes(thetas[0])))
-        thetas += [draw() for _ in range(chunk - 1)]
-        if vectorize and watch and not outputs:
-            first, keeps = watched(run, thetas[0])
-            alone.append(first)
-            vectorize = not keeps
-        while thetas:
-            if not vectorize:
-                outputs += [alone.pop() if alone else run(theta) for theta in thetas]
-                break
-            try:
-                chunk_outputs = _vectorized(run, thetas[:most])
-                if alone:
-                    vectorize = agrees = _agree(chunk_outputs[0], alone[0])
-                if vectorize:
-                    alone.clear()
-                    outputs += chunk_outputs
-                    thetas = thetas[most:]
-            except torch.OutOfMemoryError:
-                if most == 1:
-                    raise
-                most = max(1, min(most, len(thetas)) // 2)
-            except Exception:  # no batching rule, randomness, or an error of the user's, which the loop raises again
-                vectorize = False
-    return Draws(outputs, vectorize, keeps, agrees)
-
-
-def _agree(one: object, other: object) -> bool:
-    """Whether two outputs are equal up to rounding."""
-    (leaves, spec), (others, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    return spec == other_spec and all(map(_alike, leaves, others))
-
-
-def _alike(one: object, other: object) -> bool:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return bool(one == other)
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    if not (one.is_floating_point() or one.is_complex()) or not one.numel():
-        return torch.equal(one, other)
-    rounding = torch.finfo(one.dtype).eps ** 0.5
-    scale = float(other.abs().nan_to_num(0.0, 0.0, 0.0).max())
-    return torch.allclose(one, other, rounding, rounding * scale, equal_nan=True)
 
 
 def autocast_acts() -> bool:
@@ -113,69 +21,112 @@ def autocast_acts() -> bool:
     return any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
-def vectorized(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
-    """`torch.func.vmap` that raises where a loop is better.
+class Switch:
+    """A setting of torch's that can be off for a while.
 
-    These are random operations, operations without a batching rule, and any in autocast.
-
-    Args:
-        function: to map.
-        in_dims: as for vmap.
-    """
-    mapped = torch.func.vmap(function, in_dims=in_dims, randomness="error")
-
-    def run(*args: object) -> Any:
-        if autocast_acts():
-            raise RuntimeError("autocast is on")
-        with _WITHOUT_FALLBACK:
-            return mapped(*args)
-
-    return run
-
-
-class Off:
-    """Context in which settings of torch's are off.
-
-    They are of the process, so they are set back when the last thread leaves.
+    It is of the process, so it is set back when the last thread leaves.
 
     Args:
-        switches: of each setting, what tells whether it is on, and what sets it.
+        is_on: tells whether it is on.
+        put: sets it.
     """
 
-    def __init__(self, *switches: tuple[Callable[[], bool], Callable[[bool], Any]]) -> None:
-        self._switches = switches
-        self._lock, self._within = threading.Lock(), 0
-        self._before: list[bool] = []
+    def __init__(self, is_on: Callable[[], bool], put: Callable[[bool], Any]) -> None:
+        self.is_on, self._put = is_on, put
+        self._lock, self._within, self._before = threading.Lock(), 0, False
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._within:
-                self._before = [is_on() for is_on, _ in self._switches]
-                self._set([False] * len(self._switches))
+                self._before = self.is_on()
+                self._put(False)
             self._within += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._within -= 1
             if not self._within:
-                self._set(self._before)
+                self._put(self._before)
 
-    def _set(self, values: list[bool]) -> None:
-        for (_, put), value in zip(self._switches, values, strict=True):
-            put(value)
+
+class Off:
+    """Context in which several settings are off."""
+
+    def __init__(self, *switches: Switch) -> None:
+        self.switches = switches
+
+    def __enter__(self) -> None:
+        for switch in self.switches:
+            switch.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for switch in self.switches:
+            switch.__exit__()
 
 
 _FUNCTORCH: Any = torch._C._functorch
 # vmap's own loop, with its warning
-_WITHOUT_FALLBACK = Off((_FUNCTORCH._is_vmap_fallback_enabled, _FUNCTORCH._set_vmap_fallback_enabled))
+_FALLBACK = Switch(_FUNCTORCH._is_vmap_fallback_enabled, _FUNCTORCH._set_vmap_fallback_enabled)
+FUSED_LAYERS = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
+FUSED_ATTENTION = (
+    Switch(torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    Switch(torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    Switch(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+_WITHOUT_RULE = Off(_FALLBACK, FUSED_LAYERS)
+_WITHOUT_RULE_ON_CPU = Off(_FALLBACK, FUSED_LAYERS, *FUSED_ATTENTION)
+
+
+def vectorized(function: Callable[..., Any], in_dims: Any = 0, randomness: str = "error") -> Callable[..., Any]:
+    """`torch.func.vmap` that raises where a loop is better: operations without a batching rule, and any in autocast.
+
+    Attention goes by its plain mathematics where torch's kernel for it has no such rule, which is on a CPU.
+
+    Args:
+        function: to map.
+        in_dims: as for vmap.
+        randomness: as for vmap: "error" or "different".
+    """
+    mapped = torch.func.vmap(function, in_dims=in_dims, randomness=randomness)
+
+    def run(*args: object) -> Any:
+        if autocast_acts():
+            raise RuntimeError("autocast is on")
+        on_cpu = any(isinstance(leaf, Tensor) and leaf.device.type == "cpu" for leaf in pytree.tree_leaves(args))
+        with _WITHOUT_RULE_ON_CPU if on_cpu else _WITHOUT_RULE:
+            return mapped(*args)
+
+    return run
+
+
+class Cost(NamedTuple):
+    """What one draw costs in a vectorized run.
+
+    Attributes:
+        operations: number of results, those that don't depend on the draw included.
+        all: bytes of these results.
+        drawn: bytes of those that depend on the draw.
+        peak: most bytes of operands and result of one operation that depends on the draw.
+    """
+
+    operations: int = 0
+    all: int = 0
+    drawn: int = 0
+    peak: int = 0
 
 
 class _Watching(TorchFunctionMode):
-    """Watches operations: which fail, also if the network catches the error, and whose results stay alive."""
+    """Watches operations: which fail, also if the network catches the error, whose results stay alive, what they cost.
+
+    Attributes:
+        refused: whether one failed.
+        cost: see `Cost`; a result depends on the draw if it is batched.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.refused = False
+        self.cost = Cost()
         self._results: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
@@ -186,9 +137,20 @@ class _Watching(TorchFunctionMode):
         except Exception:
             self.refused = True
             raise
-        operands = {id(arg) for arg in (*args, *(kwargs or {}).values())}
-        self._results += [weakref.ref(tensor) for tensor in _tensors_in(result) if id(tensor) not in operands]
+        operands = {id(arg): arg for arg in (*args, *(kwargs or {}).values())}
+        new = [tensor for tensor in _tensors_in(result) if id(tensor) not in operands]
+        if new:
+            self._results += [weakref.ref(tensor) for tensor in new]
+            self._count(new, [x for x in operands.values() if isinstance(x, Tensor)])
         return result
+
+    def _count(self, results: list[Tensor], operands: list[Tensor]) -> None:
+        operations, everything, drawn, peak = self.cost
+        size, batched = _bytes(results), [x for x in results if _FUNCTORCH.is_batchedtensor(x)]
+        if batched:
+            drawn += _bytes(batched)
+            peak = max(peak, _bytes([*batched, *(x for x in operands if _FUNCTORCH.is_batchedtensor(x))]))
+        self.cost = Cost(operations + 1, everything + size, drawn, peak)
 
     def any_alive(self, output: object, only: Callable[[Tensor], bool] = lambda tensor: True) -> bool:
         """Whether a result is still alive that is not part of the output."""
@@ -217,11 +179,42 @@ class _TensorLeaf:
     """A placeholder for a tensor in the flattened output."""
 
 
-def _vectorized(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
-    stacked = {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}
+class Stack(NamedTuple):
+    """Several draws.
+
+    Attributes:
+        tensors: by name, `(number, *shape)`.
+        number: of draws.
+    """
+
+    tensors: Theta
+    number: int
+
+    @classmethod
+    def of(cls, thetas: Sequence[Theta]) -> "Stack":
+        """A copy of them."""
+        return cls({name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}, len(thetas))
+
+    def draw(self, i: int) -> Theta:
+        """One of them."""
+        return {name: tensor[i] for name, tensor in self.tensors.items()}
+
+    def part(self, begin: int, end: int) -> "Stack":
+        """Some of them."""
+        return Stack({name: tensor[begin:end] for name, tensor in self.tensors.items()}, end - begin)
+
+
+def run_vectorized(run: Callable[[Theta], Any], draws: Stack, randomness: str = "error") -> tuple[list[Any], Cost]:
+    """The output for each draw, and what one costs.
+
+    Args:
+        run: from one draw to the network's output.
+        draws: to run at once.
+        randomness: of the network, as for vmap.
+    """
     template: list[Any] = []
 
-    def tensors(theta: Theta) -> list[Tensor]:
+    def tensors(theta: Theta, _: Tensor) -> list[Tensor]:
         leaves, spec = pytree.tree_flatten(run(theta))
         if not all(isinstance(leaf, (Tensor, *CONSTANTS)) for leaf in leaves):
             raise TypeError("the output has an object that may contain tensors")
@@ -230,18 +223,21 @@ def _vectorized(run: Callable[[Theta], Any], thetas: list[Theta]) -> list[Any]:
 
     watching = _Watching()
     with watching:
-        columns = vectorized(tensors)(stacked)
+        # the numbers tell how many draws there are where no weight is drawn
+        columns = vectorized(tensors, randomness=randomness)(draws.tensors, torch.arange(draws.number))
     if watching.refused:
         raise RuntimeError("the network caught an error that it may have only when it is vectorized")
-    if watching.any_alive(columns, torch._C._functorch.is_functorch_wrapped_tensor):
+    if watching.any_alive(columns, _FUNCTORCH.is_functorch_wrapped_tensor):
         raise RuntimeError("the network stores a tensor of the call")
     leaves, spec = template
+    if spec.is_leaf() and columns:  # the same as below, in no time for a thousand draws
+        return list(columns[0].unbind()), watching.cost
     outputs = []
     for row in zip(*columns, strict=True):
         values = iter(row)
         outputs.append(pytree.tree_unflatten([next(values) if leaf is _TensorLeaf else leaf for leaf in leaves], spec))
-    return outputs
+    return outputs, watching.cost
 
 
-def _bytes(theta: Theta) -> int:
-    return max(1, sum(int(t.numel() * t.element_size()) for t in theta.values()))
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(0 if x.is_nested or x.layout is not torch.strided else x.numel() * x.element_size() for x in tensors)

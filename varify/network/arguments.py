@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from varify.errors import ArgumentError
-from varify.module import VariationalModule
+from varify.network.parameters import is_variational
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -34,8 +34,8 @@ def unpack(inputs: object, network: nn.Module) -> Arguments:
 
 def _takes_each(network: nn.Module, n: int) -> bool:
     """Whether a list of `n` stands for `n` arguments."""
-    wrappers = (VariationalModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while hasattr(network, "_orig_mod") or isinstance(network, wrappers):
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while hasattr(network, "_orig_mod") or isinstance(network, wrappers) or is_variational(network):
         network = getattr(network, "_orig_mod", None) or network.module  # type: ignore[assignment]
     try:
         parameters = inspect.signature(network.forward).parameters.values()

@@ -1,0 +1,85 @@
+"""Draws in which each example has weights of its own, with no weights drawn where local reparameterization is exact."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+from varify.graph.planning import Decision
+from varify.graph.standins import Unforeseen
+from varify.graph.used_once import UsedOnce, certain_posterior, exact_decisions, number_of_examples
+from varify.network.signature import call_signature
+from varify.network.view import Views
+from varify.posteriors import Posteriors
+from varify.prediction.many import Draws
+from varify.prediction.sampling import MOST_SHAPES, Sampler, StandIns, shapes_of
+from varify.prediction.vectorizing import Stack
+from varify.weights.draw import draw
+
+Within = Callable[[nn.Module, dict[str, Any]], AbstractContextManager[None]]
+
+
+class SeparateSampler(Sampler):
+    """A sampler that also makes draws in which each example has its own.
+
+    Within `vmap`, parameters whose elements each example uses once are stand-ins: their operation gives its mean and
+    variance, which are computed once for all draws if its input depends on none, and noise for each draw. The user's
+    own code runs as for one draw. Other parameters are drawn, once a draw.
+
+    Args:
+        posteriors: of the network.
+        views: see `Sampler`.
+    """
+
+    def __init__(self, posteriors: Posteriors, views: Views) -> None:
+        super().__init__(views, posteriors.slots)
+        self._posteriors = posteriors
+        # by signature and shapes, the decisions for parameters that have stand-ins
+        self._decisions: dict[Any, dict[str, Decision]] = {}
+
+    def separate_outputs(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], n_samples: int, vectorize: bool | None, within: Within
+    ) -> Draws | None:
+        """As `outputs`, but each example draws for itself; None where joint draws are needed, or no slower."""
+        key = call_signature(args, kwargs), shapes_of(args, kwargs)
+        if key not in self._decisions:
+            if len(self._decisions) >= MOST_SHAPES:
+                self._decisions.clear()
+            self._decisions[key] = exact_decisions(self._posteriors, self._views, args, kwargs)
+        decisions = self._decisions[key]
+        if not decisions:
+            return None
+        posteriors = self._posteriors.now()
+        rest = {name: q for name, q in posteriors.items() if name not in decisions}
+        count = number_of_examples(args, kwargs, self._posteriors.settings.batch_dim)
+        estimated: list[UsedOnce] = []
+
+        def stand_ins(certain: bool) -> dict[str, Any]:
+            qs = {name: certain_posterior(posteriors[name]) if certain else posteriors[name] for name in decisions}
+            estimated[:] = [UsedOnce(name, q, decisions[name], count) for name, q in qs.items()]
+            return {parameter.name: parameter.stand_in() for parameter in estimated}
+
+        @contextmanager
+        def watched(network: nn.Module, theta: dict[str, Any]) -> Iterator[None]:
+            try:
+                with within(network, theta):
+                    yield
+            finally:
+                over = list(estimated)
+                estimated.clear()  # tensors of a call that stay would look like the network's doing
+                for parameter in over:
+                    parameter.over = True
+                    if parameter.unforeseen or parameter.late:
+                        raise Unforeseen(parameter.name, parameter.unforeseen or parameter.late)
+
+        def take(number: int) -> list[dict[str, Any]] | Stack:
+            return [draw(rest) for _ in range(number)] if rest else Stack({}, number)
+
+        try:
+            return self.outputs(
+                args, kwargs, take, n_samples, vectorize, watched, stand_ins=StandIns(stand_ins, set(decisions))
+            )
+        except Unforeseen:
+            self._decisions[key] = {}
+            return None

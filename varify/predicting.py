@@ -1,0 +1,100 @@
+"""What a variational module predicts: its face for all that is in `prediction/`."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from varify.errors import nonnegative_int, positive_int
+from varify.network.sharding import refuse_sharded
+from varify.posteriors import cuda_devices
+from varify.prediction.ensemble import MEMORY, Ensemble
+from varify.prediction.gather import gather
+from varify.weights.draw import seeded
+from varify.within import outputs_of_draws
+
+
+class Predicting(nn.Module):
+    """The part of `VariationalModule` that predicts."""
+
+    def predict(
+        self,
+        *args: object,
+        n_samples: int = 32,
+        seed: int | None = None,
+        joint: bool = True,
+        outputs: str = "logits",
+        class_dim: int = -1,
+        vectorize: bool | None = None,
+        linearized: bool = False,
+        gradients: bool = False,
+        **kwargs: object,
+    ) -> Any:
+        """Outputs of `n_samples` draws of the weights, with the network in eval mode meanwhile.
+
+        Args:
+            args: of the network, as are `kwargs`.
+            n_samples: number of draws.
+            seed: of the draws, which are those after `torch.manual_seed(seed)`; torch's generators stay as they are.
+                The same seed gives any batch the same weights.
+            joint: whether a draw is one network for all inputs. If not, each input draws for itself: every input's
+                samples have the same distribution, while those of two inputs are independent, so that quantiles of a
+                sum over the batch, or a function of several inputs, mean nothing (nothing can check that). Then no
+                weights are drawn where each input uses a weight once (local reparameterization, which is exact there),
+                and what depends on no draw is computed once: much faster for an MLP or a Bayesian head. Elsewhere, and
+                in `fixed_draw` or linearized, the draws are joint ones.
+            outputs: what the network returns, for the measures on classes; see `Prediction`.
+            class_dim: the classes' dimension in one output.
+            vectorize: whether to run several draws at once, by `torch.func.vmap`; by default where it is expected to
+                be faster. The draws are the same either way, and where an operation can't be vectorized they run
+                sequentially anyhow.
+            linearized: whether the draws go through the network's linear expansion at the means, f(mu) + J(mu)(w − mu),
+                which the posteriors of `fit_sigma` are those of (Immer et al. 2021, arXiv:2008.08400).
+            gradients: whether the samples have gradients by the inputs, mu and rho, as for adversarial inputs or an
+                acquisition function. All draws' activations are then kept until backward.
+            kwargs: of the network.
+
+        Returns:
+            A `Prediction`; for a network that returns a structure, that structure with a `Prediction` for each tensor;
+            for a nested tensor, a tuple of them.
+
+        Raises:
+            ArgumentError: n_samples is no positive integer; linearized, and an operation has no derivative; a loader
+                in the place of inputs.
+        """
+        vnet: Any = self
+        within: Any = nullcontext()
+        if seed is not None:
+            within = seeded(nonnegative_int("seed", seed), cuda_devices(vnet.posteriors))
+        with within:
+            found = outputs_of_draws(
+                self, args, kwargs, n_samples, vectorize, joint=joint, linearized=linearized, gradients=gradients
+            )
+        with torch.set_grad_enabled(gradients):
+            return gather(found.outputs, outputs, class_dim, found.vectorized)
+
+    def ensemble(self, n_samples: int = 32, *, seed: int | None = None, memory: int = MEMORY) -> Ensemble:
+        """Networks drawn from the posterior of now, once: every call and every batch meets the same ones.
+
+        Args:
+            n_samples: number of draws.
+            seed: of the draws; by default one from torch's generator. Of the same posterior it gives the same networks
+                again, on any device, and more of them if `n_samples` is larger.
+            memory: bytes that draws may take; those beyond are made again in each call.
+
+        Returns:
+            An `Ensemble`, with `predict`, `predict_loader`, `len`, iteration, and `ensemble[i]` as a plain module. It
+            has a copy of this module, and doesn't change if this is trained on.
+
+        Raises:
+            ArgumentError: n_samples is no positive integer, seed no integer of at least 0; not enough memory.
+            StructureError: the parameters are in parts (FSDP2).
+        """
+        n_samples, memory = positive_int("n_samples", n_samples), nonnegative_int("memory", memory)
+        seed = int(torch.randint(2**62, ())) if seed is None else nonnegative_int("seed", seed)
+        refuse_sharded(self, "ensemble()")
+        generator = torch.Generator().manual_seed(seed)
+        seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(n_samples)]
+        return Ensemble(copy.deepcopy(self), seeds, memory)
