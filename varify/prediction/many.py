@@ -131,7 +131,7 @@ def _probed(run: Callable[[Theta], Any], theta: Theta, randomness: str) -> tuple
         if keeps:
             return None, True, alone
         try:
-            (again,), cost = run_vectorized(run, Stack.of([theta]), randomness)
+            (again,), cost = run_vectorized(run, Stack.of([theta]), randomness, counts=True)
         except Exception:  # no batching rule, randomness, or an error of the user's, which the loop raises again
             return None, False, alone
     return cost if _agree(again, first) else None, False, alone

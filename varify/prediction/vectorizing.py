@@ -120,12 +120,12 @@ class _Watching(TorchFunctionMode):
 
     Attributes:
         refused: whether one failed.
-        cost: see `Cost`; a result depends on the draw if it is batched.
+        cost: see `Cost`, if it counts; a result depends on the draw if it is batched.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool = False) -> None:
         super().__init__()
-        self.refused = False
+        self.refused, self._counts = False, counts
         self.cost = Cost()
         self._results: list[weakref.ref[Tensor]] = []
 
@@ -141,7 +141,8 @@ class _Watching(TorchFunctionMode):
         new = [tensor for tensor in _tensors_in(result) if id(tensor) not in operands]
         if new:
             self._results += [weakref.ref(tensor) for tensor in new]
-            self._count(new, [x for x in operands.values() if isinstance(x, Tensor)])
+            if self._counts:
+                self._count(new, [x for x in operands.values() if isinstance(x, Tensor)])
         return result
 
     def _count(self, results: list[Tensor], operands: list[Tensor]) -> None:
@@ -204,13 +205,16 @@ class Stack(NamedTuple):
         return Stack({name: tensor[begin:end] for name, tensor in self.tensors.items()}, end - begin)
 
 
-def run_vectorized(run: Callable[[Theta], Any], draws: Stack, randomness: str = "error") -> tuple[list[Any], Cost]:
+def run_vectorized(
+    run: Callable[[Theta], Any], draws: Stack, randomness: str = "error", *, counts: bool = False
+) -> tuple[list[Any], Cost]:
     """The output for each draw, and what one costs.
 
     Args:
         run: from one draw to the network's output.
         draws: to run at once.
         randomness: of the network, as for vmap.
+        counts: whether to find out the cost, which takes time at each operation.
     """
     template: list[Any] = []
 
@@ -221,7 +225,7 @@ def run_vectorized(run: Callable[[Theta], Any], draws: Stack, randomness: str = 
         template[:] = [[_TensorLeaf if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    watching = _Watching()
+    watching = _Watching(counts)
     with watching:
         # the numbers tell how many draws there are where no weight is drawn
         columns = vectorized(tensors, randomness=randomness)(draws.tensors, torch.arange(draws.number))
