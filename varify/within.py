@@ -55,7 +55,10 @@ def prior_loss(network: nn.Module) -> Tensor:
 
     For a network of which only a part is variational, such as a Bayesian head on a plain body.
     """
-    terms = [term for part in variational_parts(network) for term in part.kl_divergence().values()]
+    if torch.compiler.is_compiling():
+        terms = [term for part in variational_parts(network) for term in part.kl_divergence().values()]
+    else:
+        terms = [term for part in variational_parts(network) for term in part.posteriors.total_kl(part.drawing)]
     if not terms:
         return torch.zeros(())
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
@@ -67,6 +70,15 @@ def learns_undrawn(network: nn.Module) -> bool:
         not (part.training or part.drawing.always) and any(p.requires_grad for p in part.parameters())
         for part in variational_parts(network)
     )
+
+
+@contextmanager
+def sharing_sigma(network: nn.Module) -> Iterator[None]:
+    """Within, sigma is computed once for draws and divergences of every variational module within `network`."""
+    with ExitStack() as stack:
+        for part in variational_parts(network) if not torch.compiler.is_compiling() else []:
+            stack.enter_context(part.posteriors.sharing_sigma())
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
 from varify.network.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
-from varify.within import learns_undrawn, prior_loss, required_parts, variational_parts
+from varify.within import learns_undrawn, prior_loss, required_parts, sharing_sigma, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
@@ -121,8 +121,9 @@ class ELBO:
         self._warn_of_eval_mode(vnet)
         beta = self.weight(vnet)
         if self.bound == "elbo":
-            nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
-            nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
+            with sharing_sigma(vnet):
+                nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
+                nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
             terms = Terms(nll + beta * kl / self.num_data, nll, kl)
         else:
             terms = self._importance_weighted(vnet, criterion, args, kwargs, targets, beta)

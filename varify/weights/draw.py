@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from varify.weights.fused import LARGE, is_ordinary, is_plain
+from varify.weights.fused import draws as fused_draws
 from varify.weights.kl import Posterior
-from varify.weights.posterior import cast
+from varify.weights.posterior import GaussianPosterior, cast
 
 
 def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -18,13 +20,48 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
         posteriors: by name.
         noise: eps to reuse by name; what is missing is drawn and put in.
     """
-    theta = {}
+    theta: dict[str, Tensor] = {}
+    plain, small = is_plain(), _Together()
     for name, q in posteriors.items():
         eps = q.noise() if noise is None or name not in noise else noise[name]
         if noise is not None:
             noise[name] = eps
-        theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
+        theta[name] = eps  # in this order
+        if not (plain and _is_fused(q, eps)):
+            theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
+        elif not torch.is_grad_enabled():
+            into = eps if noise is None and q.mu.dtype == eps.dtype else None
+            drawn = torch.addcmul(cast(q.mu, eps.dtype), q.known_sigma(), eps, out=into)
+            theta[name] = _asking_for_gradients(cast(drawn, q.mu.dtype), q.mu)
+        elif q.mu.numel() < LARGE:
+            small.add(name, q, eps)
+        else:
+            (theta[name],) = fused_draws([q.mu], [q.rho], [q.known_sigma()], [eps])
+    theta.update(small.drawn())
     return theta
+
+
+def _is_fused(q: Posterior, eps: Tensor) -> TypeGuard[GaussianPosterior]:
+    """Whether the draw is that of a Gaussian posterior of which all weights are random, of torch's own tensors."""
+    if type(q) is not GaussianPosterior or q.fixed is not None or eps.requires_grad or eps.dtype != q.rho.dtype:
+        return False
+    return is_ordinary(q.mu, q.rho, eps)
+
+
+class _Together:
+    """Draws of small tensors, to be made by one function."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._parts: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+
+    def add(self, name: str, q: GaussianPosterior, eps: Tensor) -> None:
+        self._names.append(name)
+        for part, tensor in zip(self._parts, (q.mu, q.rho, q.known_sigma(), eps), strict=True):
+            part.append(tensor)
+
+    def drawn(self) -> dict[str, Tensor]:
+        return dict(zip(self._names, fused_draws(*self._parts), strict=True)) if self._names else {}
 
 
 def _asking_for_gradients(drawn: Tensor, mu: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varify.weights.fused import SharedSigma, is_ordinary, is_plain
 from varify.weights.kl import kl_divergence
 from varify.weights.moments import Moments
 from varify.weights.prior import Prior
@@ -40,12 +41,14 @@ class GaussianPosterior:
         fixed: `(*shape)`, nonzero at weights that are not random: 1 where they stay at mu (the padding row of an
             embedding), `PRUNED` where they are 0. They have sigma 0 and no divergence. None if there
             are none. Those that stay at mu have the gradient that the network gives them.
+        shared: None, or while draws and divergences share one softplus(rho), that and the version of rho; empty before.
     """
 
-    __slots__ = ("fixed", "mu", "prior", "rho")
+    __slots__ = ("fixed", "mu", "prior", "rho", "shared")
 
     def __init__(self, mu: Tensor, rho: Tensor, prior: Prior, fixed: Tensor | None = None) -> None:
         self.mu, self.rho, self.prior, self.fixed = mu, rho, prior, fixed
+        self.shared: list[tuple[Tensor, int]] | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -58,8 +61,24 @@ class GaussianPosterior:
     @property
     def sigma(self) -> Tensor:
         """Standard deviation, `(*shape)`, in the precision of rho."""
-        sigma = F.softplus(self.rho)
+        sigma = self._softplus()
         return sigma if self.fixed is None else torch.where(self.fixed == 0, sigma, 0.0)
+
+    def _softplus(self) -> Tensor:
+        if self.shared is None or not (is_plain() and is_ordinary(self.rho)):
+            return F.softplus(self.rho)
+        sigma: Tensor = SharedSigma.apply(self.rho, self.known_sigma())  # type: ignore[no-untyped-call]
+        return sigma
+
+    @torch.no_grad()
+    def known_sigma(self) -> Tensor:
+        """Softplus of rho, `(*shape)`, without mask and gradient; made once while it is `shared` and rho unchanged."""
+        shared = self.shared  # another thread may end the sharing meanwhile
+        if shared is None or self.rho.is_inference():
+            return F.softplus(self.rho)
+        if not shared or shared[0][1] != self.rho._version:
+            shared[:] = [(F.softplus(self.rho), self.rho._version)]
+        return shared[0][0]
 
     @property
     def log_sigma(self) -> Tensor:
