@@ -14,11 +14,14 @@ from torch.distributions.kl import kl_divergence as reference_kl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import varify
+from varify.estimators.local import _with_noise as with_noise
+from varify.estimators.rules import find_rule
 from varify.posteriors import GaussianPosterior
 from varify.priors import Gaussian
 from varify.priors.total_kl import BLOCK, total_kl
 from varify.weights.draw import draw
 from varify.weights.fused import LARGE
+from varify.weights.moments import Examples, Moments
 
 SIZES = [(3, 2), (LARGE + 5,), (2 * BLOCK + 7,)]
 
@@ -262,3 +265,47 @@ def test_posteriors_can_be_copied_and_pickled_while_they_share_sigma() -> None:
         with torch.no_grad():
             other.rho.add_(1.0)
         torch.testing.assert_close(other.sigma, sigma_by_definition(other.rho))
+
+
+def test_noise_on_outputs_has_the_derivatives_of_finite_differences_and_none_at_no_variance() -> None:
+    def noisy(mean: Tensor, var: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return with_noise(mean, var)
+
+    mean, var = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.1
+    inputs = (mean.requires_grad_(), var.requires_grad_())
+    assert torch.autograd.gradcheck(noisy, inputs)
+    assert torch.autograd.gradgradcheck(noisy, inputs)
+    found = noisy(mean, var)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, mean + var**0.5 * torch.randn(5, dtype=torch.float64))
+    none = torch.tensor([0.0, 1.0, -1e-9], requires_grad=True)
+    (slope,) = torch.autograd.grad(noisy(torch.zeros(3), none).sum(), none)
+    assert slope[0] == slope[2] == 0
+    assert slope[1] != 0
+
+
+def test_signs_are_fair_and_independent() -> None:
+    torch.manual_seed(0)
+    signs = Moments(torch.zeros(37, 3), torch.ones(37, 3), Examples(4001, 0)).signs(0)
+    assert signs.shape == (4001, 37)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    columns = signs.T @ signs / 4001**0.5 - torch.eye(37) * 4001**0.5  # ~ N(0, 1) off the diagonal
+    assert columns.abs().max() < 5.5  # false alarm: 666 pairs of 4e-8
+    assert abs(signs.sum() / (4001 * 37) ** 0.5) < 5
+    torch.manual_seed(0)
+    assert torch.equal(signs, Moments(torch.zeros(37, 3), torch.ones(37, 3), Examples(4001, 0)).signs(0))
+
+
+def test_flipout_of_what_no_example_has_for_itself_is_one_operation_with_a_drawn_weight() -> None:
+    rule = find_rule("flipout", F.linear)
+    assert rule is not None
+    weight, bias = Moments(torch.randn(3, 2), torch.full((3, 2), 0.5)), Moments(torch.randn(3), torch.ones(3))
+    x = torch.randn(4, 2)
+    with Counting() as counting:
+        outputs = torch.stack([rule.function(Examples(), x, weight, bias) for _ in range(4000)])
+    assert counting.calls["addmm"] + counting.calls["linear"] == 4000
+    error = outputs.var(0).sqrt() / 4000**0.5
+    assert ((outputs.mean(0) - F.linear(x, weight.mu, bias.mu)).abs() < 5 * error).all()  # false alarm: 7e-6
+    expected = 0.25 * x.square().sum(1, keepdim=True) + 1
+    torch.testing.assert_close(outputs.var(0), expected.expand(4, 3), rtol=5 * (2 / 4000) ** 0.5, atol=0)

@@ -72,6 +72,16 @@ def learns_undrawn(network: nn.Module) -> bool:
     )
 
 
+def pairs_draws(network: Any) -> bool:
+    """Whether two forwards can have opposite noise: a variational module that draws all weights, none of them fixed.
+
+    Not variational parts within: one in a checkpoint draws again in backward, when nothing says that it was mirrored.
+    """
+    if torch.compiler.is_compiling() or variational_parts(network) != [network]:
+        return False
+    return network.drawing.noise is None and not network._settings.wants_estimators
+
+
 @contextmanager
 def sharing_sigma(network: nn.Module) -> Iterator[None]:
     """Within, sigma is computed once for draws and divergences of every variational module within `network`."""

@@ -21,11 +21,17 @@ def flipout_affine(
     """op(x, mu) + s·op(r·x, delta): one delta = sigma·eps a call, with signs r and s for each example."""
     channels = -1 if op in LINEAR else 1 - weight.mu.dim()
     outer, inner = (1, 0) if op in TRANSPOSED else (0, 1)
+    if weight.examples.dim is None and not weight.is_kept:  # all rows share one draw, which one operation serves
+        return op(input, weight.drawn(), bias.drawn() if isinstance(bias, Moments) else bias, *settings, **named)
     mean: Tensor = op(input, weight.mu, mean_of(bias), *settings, **named)
     delta = bias.perturbation() if isinstance(bias, Moments) else None
     flipped = input * weight.flip(input, inner, channels)
     perturbed: Tensor = op(flipped, weight.perturbation(), delta, *settings, **named)
-    return mean + perturbed * weight.flip(perturbed, outer, channels)
+    return _added(mean, perturbed, weight.flip(perturbed, outer, channels))
+
+
+def _added(mean: Tensor, perturbed: Tensor, signs: Tensor | float) -> Tensor:
+    return torch.addcmul(mean, perturbed, signs) if isinstance(signs, Tensor) else mean + perturbed
 
 
 def _not_a_matrix_on_the_right(arguments: dict[str, Any]) -> str | None:
@@ -38,7 +44,7 @@ def flipout_matmul(op: Op, input: Any, other: Moments) -> Tensor:
     """`x @ w + s·((r·x) @ delta)`."""
     mean: Tensor = op(input, other.mu)
     perturbed: Tensor = op(input * other.flip(input, 0, -1), other.perturbation())
-    return mean + perturbed * other.flip(perturbed, 1, -1)
+    return _added(mean, perturbed, other.flip(perturbed, 1, -1))
 
 
 @rule("flipout", "addmm", of=("mat2",), along=("input",), refuses=no_bias)
@@ -47,7 +53,7 @@ def flipout_addmm(op: Op, input: object, mat1: Tensor, mat2: Moments, **scales: 
     mean: Tensor = op(mean_of(input), mat1, mat2.mu)
     flipped, delta = mat1 * mat2.flip(mat1, 0, -1), mat2.perturbation()
     perturbed: Tensor = op(input.perturbation(), flipped, delta) if isinstance(input, Moments) else flipped @ delta
-    return mean + perturbed * mat2.flip(perturbed, 1, -1)
+    return _added(mean, perturbed, mat2.flip(perturbed, 1, -1))
 
 
 @rule("flipout", F.bilinear, along=("bias",))

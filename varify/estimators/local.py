@@ -11,13 +11,45 @@ from torch import Tensor
 
 from varify.estimators.arguments import broadcast, lookups, mean_of, no_bias, renormalized, rows, rows_beside, scaled
 from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, Op, rule
+from varify.weights.fused import is_plain
 from varify.weights.moments import Moments
 
 
 def _with_noise(mean: Tensor, var: Tensor) -> Tensor:
+    eps = torch.randn_like(mean, requires_grad=False)
+    if is_plain():
+        noisy: Tensor = _Noisy.apply(mean, var, eps)  # type: ignore[no-untyped-call]
+        return noisy
     # The square root has an infinite slope at 0, which an output has that no input or no sigma reaches: no noise there.
-    std = torch.where(var > 0, var.clamp_min(torch.finfo(var.dtype).tiny).sqrt(), 0.0)
-    return mean + std.to(mean.dtype) * torch.randn_like(mean)
+    std = torch.where(var > 0, var.clamp_min(_least(var)).sqrt(), 0.0)
+    return mean + std.to(mean.dtype) * eps
+
+
+class _Noisy(torch.autograd.Function):
+    """mean + √var·eps; no gradient to a variance of 0, where the slope is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(var, eps)
+        return torch.addcmul(mean, var.clamp_min(0.0).sqrt_().to(mean.dtype), eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None
+        var, eps = ctx.saved_tensors
+        least = _least(var)
+        if torch.is_grad_enabled():  # backward goes backward as well
+            slope = torch.where(var >= least, 0.5 * var.clamp_min(least).rsqrt(), 0.0)
+            return grad, grad * eps * slope, None
+        slope = (var * 4).rsqrt_()
+        if not var.is_cpu or not var.numel() or not var.amin() >= least:
+            slope.masked_fill_(var < least, 0.0)
+        return grad, slope.mul_(eps).mul_(grad), None
+
+
+def _least(var: Tensor) -> float:
+    return torch.finfo(var.dtype).tiny
 
 
 def _scale(like: Tensor, sigma: Tensor) -> Tensor | float:

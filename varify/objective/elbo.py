@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
 from varify.network.arguments import fewest, unpack
 from varify.objective.schedules import Schedule
-from varify.within import learns_undrawn, prior_loss, required_parts, sharing_sigma, variational_parts
+from varify.within import learns_undrawn, pairs_draws, prior_loss, required_parts, sharing_sigma, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
@@ -39,7 +39,10 @@ class ELBO:
 
     Args:
         num_data: size of the training set, not of a batch: the KL belongs to all the data together.
-        n_samples: forwards a step, each with its own draw; the nll is their mean.
+        n_samples: forwards a step, each with its own draw; the nll is their mean. Where `vnet` is a variational module
+            that draws all its weights (estimator "weights"), the draws are pairs of eps and -eps: each is one of the
+            posterior, so the mean is unbiased, and what is odd in eps, most of the noise where sigma is small, is out
+            of it. Other estimators, variational parts within a plain network and DDP have independent draws.
         beta: weight of the KL: "auto", see `kl_weight` (of the importance-weighted bound, 1); a number, 1 for the
             evidence lower bound itself; or a function of the step such as those in `varify.schedules`. The terms are
             reported as they are, whatever the weight.
@@ -122,13 +125,25 @@ class ELBO:
         beta = self.weight(vnet)
         if self.bound == "elbo":
             with sharing_sigma(vnet):
-                nlls = [scalar(criterion(vnet(*args, **kwargs), targets)) for _ in range(self.n_samples)]
+                nlls = [scalar(criterion(output, targets)) for output in self._outputs(vnet, args, kwargs)]
                 nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
             terms = Terms(nll + beta * kl / self.num_data, nll, kl)
         else:
             terms = self._importance_weighted(vnet, criterion, args, kwargs, targets, beta)
         self.step += vnet.training
         return terms
+
+    def _outputs(self, vnet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        """The outputs of `n_samples` forwards, one after another, in pairs of opposite noise."""
+        paired = self.n_samples // 2 if pairs_draws(vnet) else 0
+        for _ in range(paired):
+            noise: dict[str, Tensor] = {}
+            for mirrored in (False, True):
+                with vnet.drawing.fixed({k: -eps for k, eps in noise.items()} if mirrored else noise):  # type: ignore[union-attr, operator]
+                    output = vnet(*args, **kwargs)
+                yield output
+        for _ in range(self.n_samples - 2 * paired):
+            yield vnet(*args, **kwargs)
 
     def _warn_of_eval_mode(self, vnet: nn.Module) -> None:
         # the other bound draws in eval mode as well; a compiled function has no place for warnings

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -75,23 +76,34 @@ def _asking_for_gradients(drawn: Tensor, mu: Tensor) -> Tensor:
     return drawn.requires_grad_(mu.requires_grad)
 
 
+@dataclass(eq=False)
+class _Fixed:
+    """Noise that all draws use, and the seed of estimated divergences beside them."""
+
+    noise: dict[str, Tensor]
+    seed: int | None = None
+
+
 class Drawing:
     """How one module draws at the moment: fresh noise while training, unless a context says otherwise.
 
     Attributes:
-        noise: eps by parameter name, which all draws use; what is missing is drawn and put in. None: fresh noise.
         kl_gradients: how many gradients went back through a divergence, for an optimizer that wants none, which sets
             it to 0. None: nobody counts.
     """
 
     def __init__(self) -> None:
-        self.noise: dict[str, Tensor] | None = None
         self.kl_gradients: int | None = None
-        self._seed: int | None = None
+        self._fixed: list[_Fixed] = []
         self._always: list[bool] = []
 
     def __reduce__(self) -> Any:
         return Drawing, ()  # a copy or a pickled module is in no context
+
+    @property
+    def noise(self) -> dict[str, Tensor] | None:
+        """Eps by parameter name, which all draws use; what is missing is drawn and put in. None: fresh noise."""
+        return self._fixed[-1].noise if self._fixed else None
 
     @property
     def always(self) -> bool:
@@ -101,7 +113,7 @@ class Drawing:
     def copy(self) -> "Drawing":
         """Another one that is so at first."""
         new = Drawing()
-        new.noise, new._seed, new._always = self.noise, self._seed, list(self._always)
+        new._fixed, new._always = list(self._fixed), list(self._always)
         return new
 
     @contextmanager
@@ -116,12 +128,12 @@ class Drawing:
     @contextmanager
     def fixed(self, noise: dict[str, Tensor]) -> Iterator[None]:
         """Within, all draws use this noise; it gets what is missing."""
-        before = self.noise, self._seed
-        self.noise, self._seed = noise, None
+        new = _Fixed(noise)
+        self._fixed.append(new)
         try:
             yield
-        finally:
-            self.noise, self._seed = before
+        finally:  # this one, whatever other threads have entered or left
+            self._fixed[:] = [fixed for fixed in self._fixed if fixed is not new]
 
     def counted(self, kl: Tensor) -> Tensor:
         """A divergence, scalar `()`, whose gradients count if somebody asked for that."""
@@ -134,10 +146,11 @@ class Drawing:
 
     def same_numbers(self, devices: list[int]) -> Any:
         """Within, random numbers are the same every time, if noise is fixed: of the CPU and these CUDA devices."""
-        if self.noise is None or torch.compiler.is_compiling():
+        if not self._fixed or torch.compiler.is_compiling():
             return nullcontext()
-        self._seed = int(torch.randint(2**62, ())) if self._seed is None else self._seed
-        return seeded(self._seed, devices)
+        fixed = self._fixed[-1]
+        fixed.seed = int(torch.randint(2**62, ())) if fixed.seed is None else fixed.seed
+        return seeded(fixed.seed, devices)
 
 
 @contextmanager

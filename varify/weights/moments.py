@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varify.weights.fused import is_plain
+
 
 class Examples(NamedTuple):
     """Which rows of an operation belong to one example.
@@ -98,7 +100,8 @@ class Moments:
 
     def var(self, scale: Tensor | float = 1.0) -> Tensor:
         """(sigma/scale)², in the network's dtype."""
-        return (self.sigma / scale).square().to(self.mu.dtype)
+        scaled = self.sigma / scale if isinstance(scale, Tensor) or scale != 1 else self.sigma
+        return scaled.square().to(self.mu.dtype)
 
     def perturbation(self) -> Tensor:
         """sigma·eps, eps ~ N(0, 1), in the network's dtype."""
@@ -106,6 +109,10 @@ class Moments:
             return (self.sigma * torch.randn_like(self.sigma)).to(self.mu.dtype)
         shared = self._shared.perturbation
         return (shared.T if self._transposed else shared).to(self.mu.dtype)
+
+    def drawn(self) -> Tensor:
+        """Mu + sigma·eps, in the network's dtype."""
+        return self.mu + self.perturbation()
 
     @property
     def is_kept(self) -> bool:
@@ -132,4 +139,10 @@ class Moments:
 
 
 def _random_signs(count: int, size: int, like: Tensor) -> Tensor:
-    return torch.randint(0, 2, (count, size), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+    """Signs `(count, size)`, each the top bit of a random byte, of which a 64-bit integer brings eight."""
+    if not is_plain():  # transforms have no rule for the bytes of an integer
+        return torch.randint(0, 2, (count, size), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+    n = count * size
+    numbers = torch.empty(-(-n // 8), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    signs = numbers.view(torch.int8)[:n].bitwise_right_shift_(7).bitwise_or_(1)
+    return signs.view(count, size).to(like.dtype)
