@@ -20,15 +20,16 @@ def total_kl(posteriors: Iterable[GaussianPosterior]) -> list[Tensor]:
     """Scalars `()` whose sum is that of KL(q‖prior) over all posteriors, nats, each on a device of theirs.
 
     The registered rule of a Gaussian prior says the same of each posterior by itself. Here large ones have an autograd
-    node each, so that backward frees what it needs one by one, and the small ones of a device have one together.
+    node each, so that backward frees what it needs one by one, and the small ones of a device have one together, as
+    one vector.
     """
-    terms, small = [], dict[torch.device, list[GaussianPosterior]]()
+    terms, small = [], dict[tuple[torch.device, torch.dtype], list[GaussianPosterior]]()
     plain = is_plain()
     for q in posteriors:
         if not (plain and _is_fused(q)):
             terms.append(q.kl_divergence())
         elif q.rho.numel() < LARGE:
-            small.setdefault(q.rho.device, []).append(q)
+            small.setdefault((q.rho.device, q.rho.dtype), []).append(q)
         else:
             terms.append(_kl([q]))
     return terms + [_kl(group) for group in small.values()]
@@ -53,50 +54,71 @@ class _GaussianKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, priors: list[Gaussian], sigmas: list[Tensor], *tensors: Tensor) -> Tensor:
-        n = len(priors)
+        sigma = _flat(sigmas)
         ctx.priors = priors
-        ctx.save_for_backward(*tensors, *sigmas)
-        terms = [_value(*each) for each in zip(priors, tensors[:n], tensors[n:], sigmas, strict=True)]
-        return terms[0] if n == 1 else torch.stack(terms).sum()
+        ctx.save_for_backward(*tensors, sigma)
+        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         n = len(ctx.priors)
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        *tensors, sigma = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # backward goes backward as well
-            return None, None, *_differentiable(ctx.priors, saved[: 2 * n], needed, grad)
-        to_mu: list[Tensor | None] = []
-        to_rho: list[Tensor | None] = []
-        for i, prior in enumerate(ctx.priors):
-            mu, rho, sigma = saved[i], saved[n + i], saved[2 * n + i]
-            scale = grad / prior._known_std() ** 2
-            shift = mu.to(rho.dtype) - prior.mean if isinstance(prior.mean, Tensor) or prior.mean else mu
-            to_mu.append((shift * scale).to(mu.dtype) if needed[i] else None)
-            to_rho.append(_to_rho(rho, sigma, scale, grad) if needed[n + i] else None)
-        return None, None, *to_mu, *to_rho
+            return None, None, *_differentiable(ctx.priors, tensors, needed, grad)
+        mu, mean, std = _of_each_weight(ctx.priors, tensors)
+        scale = grad / std**2
+        to_mu = _apart((mu - mean if isinstance(mean, Tensor) or mean else mu) * scale, tensors[:n])
+        to_rho = _apart(_to_rho(_flat(tensors[n:]), sigma, scale, grad), tensors[n:]) if any(needed[n:]) else [None] * n
+        return None, None, *(to if need else None for to, need in zip([*to_mu, *to_rho], needed, strict=True))
 
 
-def _value(prior: Gaussian, mu: Tensor, rho: Tensor, sigma: Tensor) -> Tensor:
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements as a vector; of one tensor, a view where there can be one."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _apart(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([t.numel() for t in like])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+def _of_each_weight(priors: list[Gaussian], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """Vectors of mu and of the prior's mean and std; a number is that of all weights."""
+    n = len(priors)
+    mu = _flat(tensors[:n]).to(tensors[n].dtype)
+    means, stds = [p.mean for p in priors], [p._known_std() for p in priors]
+    return mu, _setting(means, tensors[n:]), _setting(stds, tensors[n:])
+
+
+def _setting(values: Sequence[Tensor | float], like: Sequence[Tensor]) -> Tensor | float:
+    first = like[0]
+    if any(isinstance(value, Tensor) for value in values):
+        return _flat([torch.as_tensor(v).to(first).expand(t.shape) for v, t in zip(values, like, strict=True)])
+    if len(set(values)) == 1:
+        return values[0]
+    each = torch.tensor(values, dtype=first.dtype, device=first.device)
+    sizes = [t.numel() for t in like]
+    return each.repeat_interleave(torch.tensor(sizes, device=first.device), output_size=sum(sizes))
+
+
+def _value(mu: Tensor, mean: Tensor | float, std: Tensor | float, rho: Tensor, sigma: Tensor) -> Tensor:
     # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½, block by block
-    std, mean = prior._known_std(), prior.mean
-    parts: list[Any] = [sigma, mu.to(rho.dtype), std, mean]
-    blocks = [_in_blocks(part, sigma) for part in parts]
-    rest = rho.sub(LEAST_RHO).clamp_max_(0.0).sum() if _may_underflow(sigma) else 0.0
-    least = LEAST_SIGMA if isinstance(rest, Tensor) else None
+    underflows = _may_underflow(sigma)
     terms = []
-    for s, m, p, c in zip(*blocks, strict=True):
-        ratio = (s if least is None else s.clamp_min(least)) / p
+    for s, m, c, p in zip(*(_in_blocks(each, len(sigma)) for each in (sigma, mu, mean, std)), strict=True):
+        ratio = (s.clamp_min(LEAST_SIGMA) if underflows else s) / p
         shift = m - c if isinstance(c, Tensor) or c else m
         shift, scale = (shift / p, 1.0) if isinstance(p, Tensor) else (shift, p)
         squares = ratio.dot(ratio) + shift.dot(shift) / scale**2
-        terms.append(0.5 * squares - ratio.log_().sum() - 0.5 * ratio.numel())
-    return (terms[0] if len(terms) == 1 else torch.stack(terms).sum()) - rest
+        terms.append(0.5 * squares - ratio.log_().sum() - 0.5 * len(ratio))
+    kl = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+    return kl - rho.sub(LEAST_RHO).clamp_max_(0.0).sum() if underflows else kl
 
 
-def _in_blocks(value: Tensor | float, like: Tensor) -> Sequence[Tensor | float]:
-    if not isinstance(value, Tensor):
-        return [value] * -(-like.numel() // BLOCK)
-    blocks: Sequence[Tensor] = value.expand(like.shape).reshape(-1).split(BLOCK)
+def _in_blocks(value: Tensor | float, n: int) -> Sequence[Any]:
+    blocks: Sequence[Any] = value.split(BLOCK) if isinstance(value, Tensor) else [value] * -(-n // BLOCK)
     return blocks
 
 
