@@ -38,9 +38,8 @@ def total_kl(posteriors: Iterable[GaussianPosterior]) -> list[Tensor]:
 def _is_fused(q: GaussianPosterior) -> bool:
     if type(q) is not GaussianPosterior or q.fixed is not None or type(q.prior) is not Gaussian:
         return False
-    mean, std = q.prior.mean, q.prior.std
-    settings = [setting for setting in (mean, std) if isinstance(setting, Tensor)]
-    return std is not None and is_gaussian(q.prior) and q.rho.numel() > 0 and is_ordinary(q.mu, q.rho, *settings)
+    std = q.prior.std
+    return std is not None and is_gaussian(q.prior) and q.rho.numel() > 0 and is_ordinary(q.mu, q.rho)
 
 
 def _kl(group: Sequence[GaussianPosterior]) -> Tensor:

@@ -22,7 +22,7 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
         noise: eps to reuse by name; what is missing is drawn and put in.
     """
     theta: dict[str, Tensor] = {}
-    plain, small = is_plain(), _Together()
+    plain, differentiable, small = is_plain(), torch.is_grad_enabled(), _Together()
     for name, q in posteriors.items():
         eps = q.noise() if noise is None or name not in noise else noise[name]
         if noise is not None:
@@ -30,7 +30,7 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
         theta[name] = eps  # in this order
         if not (plain and _is_fused(q, eps)):
             theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
-        elif not torch.is_grad_enabled():
+        elif not differentiable:
             into = eps if noise is None and q.mu.dtype == eps.dtype else None
             drawn = torch.addcmul(cast(q.mu, eps.dtype), q.known_sigma(), eps, out=into)
             theta[name] = _asking_for_gradients(cast(drawn, q.mu.dtype), q.mu)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # A tensor of at least so many elements has a node of its own, so that backward frees its noise as soon as its gradient
 # is there; all smaller ones share one, since calling it costs more than their arithmetic.
 LARGE = 2**15
+_ORDINARY = frozenset({Tensor, nn.Parameter})
 
 
 def is_plain() -> bool:
@@ -20,8 +21,11 @@ def is_plain() -> bool:
 
 
 def is_ordinary(*tensors: Tensor) -> bool:
-    """Whether these are torch's own tensors with numbers in them: no subclass, such as a DTensor, and not on meta."""
-    return all(type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta for t in tensors)
+    """Whether these are torch's own tensors: no subclass, such as a DTensor."""
+    for tensor in tensors:  # a loop, since this is asked of every parameter in every call
+        if type(tensor) not in _ORDINARY:
+            return False
+    return True
 
 
 def softplus_backward(grad: Tensor, rho: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ class _Draws(torch.autograd.Function):
         n = len(eps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[n:], *eps)
+        if len({t.dtype for t in tensors}) == 1:
+            return tuple(torch._foreach_addcmul(tensors[:n], sigmas, eps))
         return tuple(map(_draw, tensors[:n], sigmas, eps))
 
     @staticmethod

@@ -70,14 +70,13 @@ class GaussianPosterior:
         sigma: Tensor = SharedSigma.apply(self.rho, self.known_sigma())  # type: ignore[no-untyped-call]
         return sigma
 
-    @torch.no_grad()
     def known_sigma(self) -> Tensor:
         """Softplus of rho, `(*shape)`, without mask and gradient; made once while it is `shared` and rho unchanged."""
         shared = self.shared  # another thread may end the sharing meanwhile
         if shared is None or self.rho.is_inference():
-            return F.softplus(self.rho)
+            return F.softplus(self.rho.detach())
         if not shared or shared[0][1] != self.rho._version:
-            shared[:] = [(F.softplus(self.rho), self.rho._version)]
+            shared[:] = [(F.softplus(self.rho.detach()), self.rho._version)]
         return shared[0][0]
 
     @property
