@@ -309,3 +309,14 @@ def test_flipout_of_what_no_example_has_for_itself_is_one_operation_with_a_drawn
     assert ((outputs.mean(0) - F.linear(x, weight.mu, bias.mu)).abs() < 5 * error).all()  # false alarm: 7e-6
     expected = 0.25 * x.square().sum(1, keepdim=True) + 1
     torch.testing.assert_close(outputs.var(0), expected.expand(4, 3), rtol=5 * (2 / 4000) ** 0.5, atol=0)
+
+
+def test_a_rho_that_is_changed_before_backward_is_an_error_as_in_torch() -> None:
+    for sizes in ((3,), (3, 4)):
+        vnet = varify.variationalize(nn.ParameterList([torch.randn(n) for n in sizes]))
+        theta = vnet.posteriors.draw()
+        with torch.no_grad():
+            for rho in vnet.rho.parameters():
+                rho.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified"):
+            sum(w.sum() for w in theta.values()).backward()

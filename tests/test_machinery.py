@@ -228,18 +228,32 @@ def _unchecked(network: Any, x: Tensor) -> Tensor:
     return network.head(x)
 
 
-def test_a_weight_in_two_reentrant_checkpoints_is_refused_by_torch_and_not_silently_wrong() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
+class SharedInCheckpoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.fc, checkpoint(self.fc, x, use_reentrant=True), use_reentrant=True)
+    def forward(self, x: Tensor, checkpoints: bool = True) -> Tensor:
+        if not checkpoints:
+            return self.fc(self.fc(x))
+        return checkpoint(self.fc, checkpoint(self.fc, x, use_reentrant=True), use_reentrant=True)
 
-    vnet = varify.variationalize(Shared())
+
+def test_a_large_weight_in_two_reentrant_checkpoints_is_refused_by_torch_and_not_silently_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("varify.weights.draw.LARGE", 1)
+    vnet = varify.variationalize(SharedInCheckpoints())
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         vnet(torch.randn(2, 3, requires_grad=True)).sum().backward()
+
+
+def test_small_weights_in_two_reentrant_checkpoints_have_the_gradients_of_both() -> None:
+    vnet, x = varify.variationalize(SharedInCheckpoints()), torch.randn(2, 3, requires_grad=True)
+    with vnet.fixed_draw():
+        vnet(x).square().sum().backward()
+        found = {name: p.grad for name, p in vnet.named_parameters()}
+        assert_gradients(found, gradients(vnet, vnet(x, checkpoints=False).square().sum()))
 
 
 def test_averaged_models() -> None:

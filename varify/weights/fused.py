@@ -1,5 +1,6 @@
 """Many draws as one autograd function, its gradient written out: fewer passes over the weights than torch's own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,7 @@ def is_plain() -> bool:
 
 def is_ordinary(*tensors: Tensor) -> bool:
     """Whether these are torch's own tensors: no subclass, such as a DTensor."""
-    for tensor in tensors:  # a loop, since this is asked of every parameter in every call
-        if type(tensor) not in _ORDINARY:
-            return False
-    return True
+    return all(type(tensor) in _ORDINARY for tensor in tensors)
 
 
 def softplus_backward(grad: Tensor, rho: Tensor) -> Tensor:
@@ -57,7 +55,11 @@ class _Draws(torch.autograd.Function):
     def forward(ctx: Any, sigmas: list[Tensor], eps: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(eps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[n:], *eps)
+        rhos = tensors[n:]
+        if n == 1:
+            ctx.save_for_backward(*rhos, *eps)
+        else:  # not freed by backward, which comes once for each reentrant checkpoint that uses some of the draws
+            ctx.kept, ctx.versions = (*rhos, *eps), _versions(rhos)
         if len({t.dtype for t in tensors}) == 1:
             return tuple(torch._foreach_addcmul(tensors[:n], sigmas, eps))
         return tuple(map(_draw, tensors[:n], sigmas, eps))
@@ -65,12 +67,19 @@ class _Draws(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         n = len(grads)
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        saved = ctx.saved_tensors if n == 1 else ctx.kept
+        if n > 1 and _versions(saved[:n]) != ctx.versions:
+            raise RuntimeError("a rho has been modified in place between the draw and its backward")
+        needed = ctx.needs_input_grad[2:]
         to_rho = [
             softplus_backward(grad.to(rho.dtype) * eps, rho) if grad is not None and wanted else None
             for grad, rho, eps, wanted in zip(grads, saved[:n], saved[n:], needed[n:], strict=True)
         ]
         return None, None, *grads, *to_rho
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _draw(mu: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
