@@ -1,0 +1,1 @@
+"""What the benchmarks share: workloads, peers, timing in turns, results as JSON."""
