@@ -125,8 +125,10 @@ class ELBO:
         beta = self.weight(vnet)
         if self.bound == "elbo":
             with sharing_sigma(vnet):
+                # First, so that backward comes to it last, when the draws and their noise are freed already.
+                kl = prior_loss(vnet)
                 nlls = [scalar(criterion(output, targets)) for output in self._outputs(vnet, args, kwargs)]
-                nll, kl = torch.stack(nlls).mean(), prior_loss(vnet)
+            nll = torch.stack(nlls).mean()
             terms = Terms(nll + beta * kl / self.num_data, nll, kl)
         else:
             terms = self._importance_weighted(vnet, criterion, args, kwargs, targets, beta)

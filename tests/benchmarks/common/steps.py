@@ -47,6 +47,7 @@ def plain(work: Workload) -> Step:
 def with_varify(work: Workload, estimator: str, optimizer: str = "adam", compiled: bool = False) -> Step:
     """The network with every parameter variational, and the ELBO."""
     vnet = varify.variationalize(work.network, estimator=estimator).train()
+    work = Workload(nn.Identity(), work.inputs, work.targets)  # the plain network is not needed any more
     elbo = varify.ELBO(num_data=NUM_DATA)
     chosen = adam(vnet) if optimizer == "adam" else varify.optim.IVON(vnet, num_data=NUM_DATA)
 
