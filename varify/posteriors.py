@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varify.errors import ArgumentError, PriorError, StructureError, UnknownNameError, listed
+from varify.network.checks import adapters, refuse_merged
 from varify.network.parameters import Slot, alias_names, first_slots, slot_names
 from varify.network.selection import matching
 from varify.network.sharding import whole
@@ -119,9 +120,7 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         self._pairs: dict[str, GaussianPosterior] | None = None
         self._look_up()
         self._children = [(module._modules, list(module._modules.values())) for module in network.modules()]
-        self._adapted: list[Any] = [
-            module for module in network.modules() if hasattr(module, "merged_adapters")
-        ]  # PEFT's
+        self._adapted = adapters(network)
         first = {id(slot.parameter): slot for slot in self.slots.values()}
         self._tied = [
             (module._parameters, attr, first[id(p)])
@@ -168,13 +167,7 @@ class Posteriors(Mapping[str, GaussianPosterior]):
             StructureError: a parameter was deleted, has another shape, was tied to another one, or is of an adapter
                 that was merged.
         """
-        if self._adapted and any(layer.merged_adapters for layer in self._adapted):
-            raise StructureError(
-                "an adapter in vnet.module is merged into the weights beneath it, so a draw of its own would change "
-                "nothing; the posterior of the product B·A plus the weight is not Gaussian, so it can't be merged "
-                "itself: call vnet.module.unmerge_adapter(), or merge the means, "
-                "vnet.mean_model().merge_and_unload(), or a draw, vnet.sample_model().merge_and_unload()"
-            )
+        refuse_merged(self._adapted)
         pairs = self._pairs
         try:
             if pairs is None or not all(t.holds(q) for t, q in zip(self._tables, pairs.values(), strict=True)):
