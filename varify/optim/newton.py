@@ -27,8 +27,8 @@ def newton_step(q: GaussianPosterior, state: dict[str, Any], group: dict[str, An
     rate: Tensor | float = 1.0 if hess_init is None else hess_init + at_most(delta, hess_init)
     total: Tensor | float = 1.0 + delta if hess_init is None else hess_init + delta
     if q.rho.grad is not None:
-        sigma = F.softplus(q.rho.clamp_min(LEAST_RHO))  # below, its square underflows
-        slope = sigma.neg().expm1_().neg_()  # of sigma in rho
+        rho = q.rho.clamp_min(LEAST_RHO)  # below, the square of sigma underflows
+        sigma, slope = F.softplus(rho), rho.sigmoid_()  # that of sigma in rho
         hess = q.rho.grad / (sigma * slope)
         total = sigma.square().mul_(count).reciprocal_()
         other = restarted(state, total, count, prior.std, hess_init)
