@@ -38,7 +38,7 @@ class Mixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         size = len(x)
         y = self.conv(torch.tanh(self.first(x)).view(size, 1, 6)).view(size, 8)
-        y = self.twice(torch.relu(self.twice(y))) + y.mean(0)
+        y = self.twice(torch.relu(self.twice(y)))
         return self.last(y) * self.scale
 
 
@@ -71,6 +71,13 @@ def test_mean_variance_and_quantiles_are_those_of_joint_draws(build: type, n: in
     for q in QUANTILES:
         below = (samples < joint.quantile(q, 0)).double().mean(0)
         assert ((below - q).abs() < 6 * (q * (1 - q)) ** 0.5 * by_number).all()
+
+
+def test_only_what_an_example_uses_several_times_is_drawn() -> None:
+    vnet = noisy(Mixed())
+    vnet.predict(torch.randn(3, 3), joint=False)
+    (served,) = vnet.engine.sampler._decisions.values()
+    assert set(served) == {"first.weight", "first.bias", "last.weight", "last.bias", "scale"}
 
 
 def test_inputs_draw_independently_and_outputs_of_one_input_jointly() -> None:
