@@ -19,7 +19,8 @@ def network() -> nn.Module:
 
 
 def converted(**settings: str) -> varify.VariationalModule:
-    return varify.variationalize(network(), init=varify.inits.Constant(0.2), **settings).train()
+    settings = {"estimator": "weights", "init": varify.inits.Constant(0.2), **settings}
+    return varify.variationalize(network(), **settings).train()
 
 
 def gradient(vnet: nn.Module, loss: Callable[[], Tensor]) -> Tensor:

@@ -171,5 +171,5 @@ def test_a_random_tree_is_itself(tree: Any, scale: float | None, batch: int, cho
     entry = Entry(lambda: network, lambda: ((floats(batch, D),), {} if scale is None else {"scale": scale}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        examine_as(record, entry, network, variationalize(network))
+        examine_as(record, entry, network, variationalize(network, estimator="weights"))
     assert not record.failures

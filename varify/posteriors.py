@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from varify.errors import ArgumentError, PriorError, StructureError, UnknownNameError, listed
-from varify.network.checks import adapters, refuse_merged
-from varify.network.parameters import Slot, alias_names, first_slots, slot_names
+from varify.network.parameters import Slot, adapters, alias_names, first_slots, refuse_merged, slot_names
 from varify.network.selection import matching
 from varify.network.sharding import whole
 from varify.network.tree import Tree

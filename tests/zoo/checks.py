@@ -73,7 +73,7 @@ def examine(name: str, entry: Entry) -> Record:
         network = entry.make()
         record.parameters = sum(p.numel() for p in network.parameters())
         with record.noting("converts"):
-            vnet = varify.variationalize(network)
+            vnet = varify.variationalize(network, estimator="weights")  # others have a check of their own
             examine_as(record, entry, network, vnet)
     record.seconds = time.perf_counter() - start
     return record

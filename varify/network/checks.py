@@ -1,13 +1,10 @@
-"""Checks on a model before it is converted, and on adapters afterwards."""
-
-from collections.abc import Sequence
-from typing import Any
+"""Checks on a model before it is converted."""
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from varify.errors import ModelError, StructureError, listed
+from varify.errors import ModelError, listed
 from varify.network.parameters import is_variational
 
 
@@ -35,24 +32,4 @@ def check_model(model: object) -> None:
     if lazy:
         raise ModelError(
             f"{listed(lazy)} of a lazy module have no shape yet; call the model once on data, then convert"
-        )
-
-
-def adapters(network: nn.Module) -> list[Any]:
-    """The layers of a network whose adapters can be merged into the weights beneath them, as PEFT's."""
-    return [module for module in network.modules() if hasattr(module, "merged_adapters")]
-
-
-def refuse_merged(layers: Sequence[Any]) -> None:
-    """Refuse adapters that are merged.
-
-    Raises:
-        StructureError: one is.
-    """
-    if any(layer.merged_adapters for layer in layers):
-        raise StructureError(
-            "an adapter in vnet.module is merged into the weights beneath it, so a draw of its own would change "
-            "nothing; the posterior of the product B·A plus the weight is not Gaussian, so it can't be merged "
-            "itself: call vnet.module.unmerge_adapter(), or merge the means, "
-            "vnet.mean_model().merge_and_unload(), or a draw, vnet.sample_model().merge_and_unload()"
         )

@@ -1,8 +1,11 @@
 """Parameters of a network: each distinct tensor once, with its slots and its names."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from varify.errors import StructureError
 
 
 class Slot(NamedTuple):
@@ -70,3 +73,23 @@ def slot_names(network: nn.Module) -> dict[str, str]:
 def is_variational(module: nn.Module) -> bool:
     """Whether it is a `VariationalModule`, recognized by an attribute since that class may not be imported here."""
     return hasattr(type(module), "state_of_a_view")
+
+
+def adapters(network: nn.Module) -> list[Any]:
+    """The layers of a network whose adapters can be merged into the weights beneath them, as PEFT's."""
+    return [module for module in network.modules() if hasattr(module, "merged_adapters")]
+
+
+def refuse_merged(layers: Sequence[Any]) -> None:
+    """Refuse adapters that are merged.
+
+    Raises:
+        StructureError: one is.
+    """
+    if any(layer.merged_adapters for layer in layers):
+        raise StructureError(
+            "an adapter in vnet.module is merged into the weights beneath it, so a draw of its own would change "
+            "nothing; the posterior of the product B·A plus the weight is not Gaussian, so it can't be merged "
+            "itself: call vnet.module.unmerge_adapter(), or merge the means, "
+            "vnet.mean_model().merge_and_unload(), or a draw, vnet.sample_model().merge_and_unload()"
+        )
