@@ -123,9 +123,17 @@ class Task:
 
 
 def fetched(path: Path, address: str) -> Path:
+    """`path`, downloaded whole if it is missing."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        urllib.request.urlretrieve(address, path)
+        part = path.with_name(path.name + ".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlretrieve(address, part)
+        except OSError as error:
+            raise SystemExit(
+                f"{path} is missing, and {address} gave: {error}. Put it there, or say --data-root."
+            ) from None
+        part.replace(path)
     return path
 
 
@@ -135,7 +143,10 @@ def torchvision_images(root: Path, name: str) -> tuple[Tensor, Tensor, Tensor, T
     operators.declare()
     from torchvision import datasets
 
-    train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
+    try:
+        train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"{root} has no {name}, and its download gave: {error}. Say --data-root.") from None
     return train.data[:, None] / 255.0, train.targets, test.data[:, None] / 255.0, test.targets
 
 
@@ -215,16 +226,26 @@ def standardised(x: Any, y: Any, n: int) -> Data:
     return Data((x[:n], y[:n]), (x[n:], y[n:]))
 
 
-def uci(root: Path, name: str, seed: int) -> Data:
-    """The literature's splits (Hernández-Lobato & Adams 2015): 90 % for training, all standardised."""
-    folder = root / "uci" / name
-    parts = [fetched(folder / f, UCI_FILES.format(name, f)) for f in ("data.txt", "index_features.txt")]
-    table, columns = np.loadtxt(parts[0]), np.loadtxt(parts[1]).astype(int)
-    target = int(np.loadtxt(fetched(folder / "index_target.txt", UCI_FILES.format(name, "index_target.txt"))))
+def uci_table(root: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs `(n, features)` and target `(n, 1)` as they are."""
+    files = ("data.txt", "index_features.txt", "index_target.txt")
+    table, columns, target = (
+        np.loadtxt(fetched(root / "uci" / name / f, UCI_FILES.format(name, f)), ndmin=1) for f in files
+    )
+    return table[:, columns.astype(int)], table[:, target.astype(int)]
+
+
+def uci_orders(n: int, splits: int) -> list[np.ndarray]:
+    """The literature's splits (Hernández-Lobato & Adams 2015), as its index files have them: 90 % come first."""
     state = np.random.RandomState(1)
-    for _ in range(seed + 1):
-        order = state.choice(range(len(table)), len(table), replace=False)
-    return standardised(table[order][:, columns], table[order][:, [target]], round(0.9 * len(table)))
+    return [state.choice(range(n), n, replace=False) for _ in range(splits)]
+
+
+def uci(root: Path, name: str, seed: int) -> Data:
+    """Split number `seed`, all standardised."""
+    x, y = uci_table(root, name)
+    order = uci_orders(len(x), seed + 1)[-1]
+    return standardised(x[order], y[order], round(0.9 * len(x)))
 
 
 def cifar10(root: Path, n_train: int = 5000, n_test: int = 2000) -> Data:
@@ -420,9 +441,8 @@ def calibration_error(p: Tensor, y: Tensor) -> float:
     return float(gaps.abs().sum() / len(y))
 
 
-def classification(network: nn.Module, data: Data, draws: int) -> Figures:
-    x, y = data.test
-    logits = samples(network, x, draws)
+def classified(logits: Tensor, y: Tensor, strange: Tensor | None = None) -> Figures:
+    """Figures from the logits of draws `(draws, n, classes)`, on a test set and on inputs of another kind."""
     p = logits.softmax(-1).mean(0)
     figures = {
         "error": 100 * float((p.argmax(-1) != y).double().mean()),
@@ -430,9 +450,15 @@ def classification(network: nn.Module, data: Data, draws: int) -> Figures:
         "ece": 100 * calibration_error(p, y),
         "overconfidence": 100 * float((p.amax(-1) - (p.argmax(-1) == y).double()).mean()),
     }
-    if data.other is not None:
-        figures["auroc"] = auroc(oddness(logits), oddness(samples(network, data.other, draws)))
+    if strange is not None:
+        figures["auroc"] = auroc(oddness(logits), oddness(strange))
     return figures
+
+
+def classification(network: nn.Module, data: Data, draws: int) -> Figures:
+    (x, y), other = data.test, data.other
+    strange = None if other is None else samples(network, other, draws)
+    return classified(samples(network, x, draws), y, strange)
 
 
 @torch.no_grad()
