@@ -77,11 +77,11 @@ SETS = {
 class Objective(nn.Module):
     """Network, noise level and negative bound of one split."""
 
-    def __init__(self, benchmark: Benchmark, data: Data, recipe: Recipe) -> None:
+    def __init__(self, benchmark: Benchmark, data: Data, recipe: Recipe, noise: float) -> None:
         super().__init__()
         num_data, features = data.train[0].shape
         plain = nn.Sequential(nn.Linear(features, benchmark.hidden), nn.ReLU(), nn.Linear(benchmark.hidden, 1))
-        self.vnet, self.likelihood = convert(plain, recipe), varify.GaussianLikelihood()
+        self.vnet, self.likelihood = convert(plain, recipe), varify.GaussianLikelihood(noise)
         self.elbo = varify.ELBO(num_data=num_data, beta=weight_of_kl(self.vnet, num_data, recipe))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def run(benchmark: Benchmark, options: argparse.Namespace, recipe: Recipe) -> li
     found = []
     for part in (pairs[i : i + options.at_once] for i in range(0, len(pairs), options.at_once)):
         splits = [data for data, _ in part]
-        objectives = [Objective(benchmark, data, recipe) for data in splits]
+        objectives = [Objective(benchmark, data, recipe, options.noise) for data in splits]
         train(objectives, splits, options, recipe)
         for objective, (data, unit) in zip(objectives, part, strict=True):
             figures = regression(objective.vnet, objective.likelihood, data, options.draws)
@@ -180,6 +180,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--noise", type=float, default=0.1, help="std to start with, of standardised targets")
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
