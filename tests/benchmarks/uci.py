@@ -178,7 +178,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--splits", type=int, default=0, help="at most so many of each set; default: all")
     parser.add_argument("--at-once", type=int, default=20, help="splits that are trained together")
     parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--noise", type=float, default=0.1, help="std to start with, of standardised targets")
     parser.add_argument("--draws", type=int, default=100)
