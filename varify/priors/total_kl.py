@@ -38,7 +38,9 @@ def total_kl(posteriors: Iterable[GaussianPosterior]) -> list[Tensor]:
 def _is_fused(q: GaussianPosterior) -> bool:
     if type(q) is not GaussianPosterior or q.fixed is not None or type(q.prior) is not Gaussian:
         return False
-    std = q.prior.std
+    mean, std = q.prior.mean, q.prior.std
+    if any(isinstance(setting, Tensor) and setting.requires_grad for setting in (mean, std)):
+        return False  # a prior that learns
     return std is not None and is_gaussian(q.prior) and q.rho.numel() > 0 and is_ordinary(q.mu, q.rho)
 
 
