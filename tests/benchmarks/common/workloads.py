@@ -72,6 +72,9 @@ def _lenet() -> Workload:
 
 
 def _resnet18() -> Workload:
+    from tests import operators
+
+    operators.declare()  # which a torchvision for other builds of torch needs
     import torchvision
 
     network = torchvision.models.resnet18(num_classes=10)
@@ -84,6 +87,9 @@ def _encoder() -> Workload:
 
 
 def _timm(name: str, batch: int) -> Workload:
+    from tests import operators
+
+    operators.declare()
     import timm
 
     settings = {"img_size": 96} if "vit" in name else {}
