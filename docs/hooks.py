@@ -66,5 +66,11 @@ def shown(value):
     """A number with three digits, a list as its entries, else the text."""
     if isinstance(value, list):
         return ", ".join(shown(entry) for entry in value)
-    text = f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    text = (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
     return re.sub(r"[|\n]", " ", text)

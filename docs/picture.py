@@ -39,7 +39,7 @@ def plain_line(net: nn.Module, x: Tensor, y: Tensor, grid: Tensor) -> Tensor:
 def draw(names: dict[str, object], line: Tensor, ink: str) -> Axes:
     """The README's axis again, with the data, the plain network's line, and this color for what is written."""
     x, y, grid = (names[name] for name in ("x", "y", "grid"))
-    style = {key: ink for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
+    style = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     with mpl.rc_context(STYLE | style):
         ax = plt.subplots(figsize=(7.2, 3.2), layout="constrained")[1]
         varify.plots.intervals(grid, names["pred"], likelihood=names["likelihood"], ax=ax)

@@ -1,7 +1,14 @@
-"""Every Python block of the README runs, in order, as a reader would type it."""
+"""Every Python block of the README and of the docs runs, in order and page by page, as a reader would type it.
 
+The guides have tests of their own, where the figures that they show are compared.
+"""
+
+import importlib
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
@@ -13,11 +20,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import varify
 from varify import inits
 from varify.estimators import rules
+from varify.experiments.cli import parsers
 from varify.priors import registry
 from varify.weights import kl
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+# coming-from.md and those in guides/ make their own data
+PAGES = [README, *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "coming-from")]
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+
+
+def title(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 class Net(nn.Module):
@@ -29,44 +44,86 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
-def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """What the pages take for given. What they register is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)
     train_set = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
-    readme = ModuleType("readme")  # a module, since what is pickled has one
-    monkeypatch.setitem(sys.modules, "readme", readme)
-    names = readme.__dict__
-    names |= {"net": Net(), "pretrained": Net(), "train_set": train_set, "loader": DataLoader(train_set, 8)}
-    names["validation_loader"] = DataLoader(TensorDataset(torch.randn(20, 4), torch.randint(3, (20,))), 8)
+    x, y = train_set.tensors
+    vnet = varify.variationalize(Net())
+    page = ModuleType("page")  # a module, since what is pickled has one
+    monkeypatch.setitem(sys.modules, "page", page)
+    page.__dict__.update(torch=torch, nn=nn, F=nn.functional, varify=varify, x=x, y=y, train_set=train_set)
+    page.__dict__.update(net=Net(), pretrained=Net(), vnet=vnet, pred=vnet.predict(x), elbo=varify.ELBO(num_data=20))
+    page.__dict__.update(loader=DataLoader(train_set, 8), validation_loader=DataLoader(train_set, 8))
     tables = registry._BY_NAME, inits._BY_NAME, rules._RULES, kl._RULES
     before = [dict(table) for table in tables]
-    try:
-        for block in BLOCKS:
-            exec(block, names)
-        contracts = [value for name, value in names.items() if name.startswith("Test")]
-        for contract in contracts:
-            for test in (name for name in dir(contract) if name.startswith("test_")):
-                getattr(contract(), test)()
-    finally:
-        for table, was in zip(tables, before, strict=True):
-            table.clear()
-            table.update(was)
-    assert len(BLOCKS) >= 6
-    assert len(contracts) == 3
-    assert isinstance(names["pred"], varify.Prediction)
-    assert names["temperature"] > 0
-    assert names["terms"].loss.isfinite()
-    assert (tmp_path / "net.safetensors").exists()
+    yield page.__dict__
+    for table, was in zip(tables, before, strict=True):
+        table.clear()
+        table.update(was)
 
 
-def test_what_the_readme_names_exists() -> None:
-    for name in set(re.findall(r"varify\.([A-Za-z_]+(?:\.[A-Za-z_]+)?)", README)):
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=title)
+def test_a_pages_code_runs(page: Path, names: dict[str, object]) -> None:
+    for block in BLOCK.findall(page.read_text()):
+        with redirect_stdout(StringIO()):
+            exec(compile(block, title(page), "exec"), names)
+    contracts = [value for name, value in names.items() if name.startswith("Test") and isinstance(value, type)]
+    for contract in contracts:
+        for test in (name for name in dir(contract) if name.startswith("test_")):
+            getattr(contract(), test)()
+    assert len(contracts) == (3 if page.stem == "extending" else 0)
+
+
+def test_the_readme_is_short_and_its_picture_there() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 130
+    for picture in re.findall(r'src(?:set)?="([^"]+)"', text):
+        assert 0 < (ROOT / picture).stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").rglob("*.md"))], ids=title)
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    for name in set(re.findall(r"(?<![/.\w])varify((?:\.[A-Za-z_]+)+)", text)):
         target: object = varify
-        for part in name.split("."):
-            if part in {"py", "md"}:
+        for part in name[1:].split("."):
+            if part in {"py", "md", "api"}:
                 break
-            target = getattr(target, part, None)
-            assert target is not None, f"varify.{name}"
+            try:
+                target = getattr(target, part)
+            except AttributeError:  # a module that is not imported yet
+                target = importlib.import_module(f"{getattr(target, '__name__', '')}.{part}")
+    for module in set(re.findall(r"python -m ((?:tests|docs)[a-z_.]+)", text)):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=title)
+def test_a_pages_commands_and_options_exist(page: Path) -> None:
+    _, commands = parsers()
+    for command, rest in re.findall(r"^varify ([a-z]+)(.*)$", page.read_text(), flags=re.MULTILINE):
+        options = {option for action in commands[command]._actions for option in action.option_strings}
+        assert options.issuperset(re.findall(r"(--[a-z-]+)", rest)), (command, rest)
+    for command in re.findall(r"`varify ([a-z]+)", page.read_text()):
+        assert command in commands
+
+
+def test_the_reference_has_every_public_name() -> None:
+    told = set(re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in (ROOT / "docs" / "api").glob("*.md")), re.M))
+    parts = [value for value in (getattr(varify, name) for name in varify.__all__) if isinstance(value, ModuleType)]
+    wanted = {
+        f"{module.__name__}.{name}"
+        for module in (varify, varify.graph, *parts)
+        for name in module.__all__
+        if not isinstance(getattr(module, name), ModuleType)
+    }
+    wanted = {name.replace("varify.objective.schedules", "varify.schedules") for name in wanted}
+    assert len(wanted) > 80
+    assert wanted - told == set()
 
 
 ARCHITECTURE = Path(varify.__file__).parent / "ARCHITECTURE.md"
