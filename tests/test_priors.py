@@ -283,6 +283,11 @@ def test_every_prior_travels_in_the_state_dict(prior: priors.Prior) -> None:
     assert other.double().prior_loss().dtype == torch.float64
 
 
+def test_a_distribution_is_shown_with_the_digits_that_it_was_given() -> None:
+    shown = repr(priors.as_prior(td.Laplace(0.0, 0.1)))  # 0.1 is 0.10000000149011612 in single precision
+    assert shown == "Factorized(Laplace(loc: 0.0, scale: 0.1))"
+
+
 def test_a_name_can_not_be_taken_from_a_built_in_prior() -> None:
     with pytest.raises(varify.PriorError, match=r"the name 'gaussian' is taken by varify\.priors\.gaussian\.Gaussian"):
 

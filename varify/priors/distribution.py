@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,8 @@ from varify.priors.registry import register
 from varify.weights.kl import estimated_kl, register_kl
 from varify.weights.posterior import GaussianPosterior
 from varify.weights.prior import Prior, broadcasts, checked_shape, refuse_gradients, room
+
+LONG_NUMBER = re.compile(r"\d+\.\d{4,}(e-?\d+)?")  # 0.1 in single precision is 0.10000000149011612
 
 
 @register("distribution")
@@ -87,7 +90,8 @@ class Factorized(Prior):
         return super().at(chosen)
 
     def __repr__(self) -> str:
-        return f"Factorized({' '.join(repr(self.distribution).split())})"  # a mixture's is of several lines
+        text = " ".join(repr(self.distribution).split())  # a mixture's is of several lines
+        return f"Factorized({LONG_NUMBER.sub(lambda found: f'{float(found[0]):.4g}', text)})"
 
     def _describe(self, distribution: distributions.Distribution, prefix: str) -> dict[str, Any]:
         name = type(distribution).__name__
