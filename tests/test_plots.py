@@ -85,6 +85,22 @@ def test_intervals_are_sorted_and_count_what_is_outside(ax: object) -> None:
     assert wide.height > narrow.height
 
 
+def test_the_band_of_the_mean_is_in_the_units_of_the_targets(ax: object) -> None:
+    torch.manual_seed(4)
+    x, outputs = torch.arange(20.0), torch.randn(400, 20, 2)
+    cases = [
+        (varify.HeteroscedasticGaussianLikelihood(), outputs, outputs[..., :1]),  # a mean and a rho
+        (varify.PoissonLikelihood(), outputs[..., :1], outputs[..., :1].exp()),  # the logarithm of a rate
+    ]
+    for likelihood, samples, means in cases:
+        ax.clear()
+        plots.intervals(x, varify.Prediction(samples), level=0.8, likelihood=likelihood, ax=ax)
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), means.numpy().mean(0)[:, 0], rtol=1e-4, atol=1e-6)
+        band = ax.collections[1].get_paths()[0].get_extents()
+        low, high = np.quantile(means.numpy()[..., 0], (0.1, 0.9), axis=0)
+        assert (band.y0, band.y1) == pytest.approx((low.min(), high.max()), rel=1e-5)
+
+
 def test_snr_and_pruning_agree(vnet: varify.VariationalModule, ax: object) -> None:
     plots.snr(vnet, unit="log10", ax=ax)
     share = ax.figure.axes[1].lines[0]

@@ -41,11 +41,12 @@ def intervals(
     """
     where = _column("x", x)
     order = where.argsort()
-    bands = [("of the mean", prediction.interval(level))]
+    # an output may be a mean and a rho, or the logarithm of a rate
+    means = prediction if likelihood is None else Prediction(likelihood.moments(prediction.samples)[0])
+    bands = [("of the mean", means.interval(level))]
     if likelihood is not None:
         bands.append(("of a new target", prediction.interval(level, likelihood)))
-    mean = prediction.mean if likelihood is None else likelihood.moments(prediction.samples)[0].mean(0)
-    middle = _column("the prediction", mean, len(where))
+    middle = _column("the prediction", means.mean, len(where))
     ends = [(name, [_column("the prediction", end, len(where)) for end in pair]) for name, pair in reversed(bands)]
     values = None if targets is None else _column("targets", targets, len(where))
     ax = axis(ax)
