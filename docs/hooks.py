@@ -1,76 +1,77 @@
-"""What mkdocs asks for while it builds: the committed results as tables, and links of included files."""
+"""What mkdocs asks for while it builds: the committed results of benchmarks as tables."""
 
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 MARK = "<!-- results -->"
-MOST_ROWS = 60
-# Files that a page includes have links for readers of the repository.
-LINKS = {
-    "varify/ARCHITECTURE.md": "architecture.md",
-    "tests/zoo/README.md": "zoo.md",
-    "CHANGELOG.md": "changelog.md",
-}
+MOST_ROWS, MOST_COLUMNS = 60, 10
+ABOUT = ("machine", "date", "torch", "varify", "threads", "seconds", "settings", "recipe")  # of the run, no figures
 
 
-def on_page_markdown(markdown, **_):
-    """The page with results in the place of the mark."""
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """The page with the results in the place of the mark."""
     if MARK not in markdown:
         return markdown
     return markdown.replace(MARK, "\n\n".join(section(path) for path in sorted(RESULTS.glob("*.json"))))
 
 
-def section(path):
-    """A heading, the command, and one table for all figures of a file."""
+def section(path: Path) -> str:
+    """A heading, the command, what is known of the run, and a table of the figures of a file."""
     found = json.loads(path.read_text())
-    rows = list(flat(found))
-    settings = {key: value for key, value in rows if not isinstance(value, dict)}
-    tables = {key: value for key, value in rows if isinstance(value, dict)}
-    columns = list(dict.fromkeys(column for row in tables.values() for column in row))
-    module = f"`python -m tests.benchmarks.{path.stem}`" if (RESULTS.parent / f"{path.stem}.py").exists() else ""
-    lines = [f"### {path.stem}", "", module, "", "; ".join(f"{key}: {shown(value)}" for key, value in settings.items())]
-    if len(columns) > 12:  # one row for each figure reads better than a table wider than a screen
-        tables = {f"{key}, {c}": {"": row[c]} for key, row in tables.items() for c in columns if c in row}
+    about = dict.fromkeys(f"{key} {shown(value)}" for key, value in facts(found))
+    rows = {name: row for name, row in figures(found, "") if row}
+    about |= dict.fromkeys(f"{key} {shown(value)}" for key, value in rows.pop("", {}).items())
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if len(columns) > MOST_COLUMNS:  # a figure a row reads better than a table wider than the screen
+        rows = {f"{name}, {column}".lstrip(", "): {"": row[column]} for name, row in rows.items() for column in row}
         columns = [""]
-    lines += ["", f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)] if tables else []
-    for key, row in list(tables.items())[:MOST_ROWS]:
-        lines.append(f"| {key} | {' | '.join(shown(row.get(column, '')) for column in columns)} |")
-    if len(tables) > MOST_ROWS:
-        lines += ["", f"The first {MOST_ROWS} of {len(tables)} rows; the others are in `{path.relative_to(ROOT)}`."]
+    lines = [f"### {path.stem}", "", f"`python -m tests.benchmarks.{path.stem}`; {'; '.join(about)}", ""]
+    lines += [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for name, row in list(rows.items())[:MOST_ROWS]:
+        lines.append(f"| {name} | {' | '.join(shown(row.get(column, '')) for column in columns)} |")
+    if len(rows) > MOST_ROWS:
+        lines += ["", f"These are {MOST_ROWS} of {len(rows)} rows; all are in `{path.relative_to(ROOT)}`."]
     return "\n".join(lines)
 
 
-def flat(found, name=""):
-    """Pairs of a name and a value, or of a name and a row of values; nested names are joined by commas."""
-    if isinstance(found, list):  # rows
-        found = {str(i + 1): row for i, row in enumerate(found)}
-    leaves = {key: value for key, value in found.items() if not nested(value)}
-    if name and leaves:
-        yield name, leaves
-    elif leaves:
-        yield from leaves.items()
+def facts(found: Any) -> Iterator[tuple[str, Any]]:
+    """What a file says of its runs, wherever it stands."""
+    for key, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(value, dict):
+            yield from facts(value)
+        elif key in ABOUT and key != "seconds":
+            yield key, value[:10] if key == "date" else value
+
+
+def figures(found: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows by name. What a row has of single repetitions, a list of dicts, is left to the file."""
+    if isinstance(found, list):
+        found = {str(i): value for i, value in enumerate(found, 1)}
+    found = {key: value for key, value in found.items() if key not in ABOUT}
+    row = {key: value for key, value in found.items() if not nested(value)}
+    yield name, row
     for key, value in found.items():
-        if nested(value):
-            yield from flat(value, f"{name}, {key}".lstrip(", "))
+        if nested(value) and not (row and isinstance(value, list)):
+            yield from figures(value, f"{name}, {key}".lstrip(", "))
 
 
-def nested(value):
-    """Whether a value has rows of its own."""
-    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value))
+def nested(value: Any) -> bool:
+    """Whether a value has rows of its own; a mean with its error is one figure."""
+    if isinstance(value, dict):
+        return not {"mean", "error"} <= set(value)
+    return isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)
 
 
-def shown(value):
-    """A number with three digits, a list as its entries, else the text."""
+def shown(value: Any) -> str:
+    """A number with three digits, a list as its entries, a mean with its standard error, else the text."""
+    if isinstance(value, dict):
+        return f"{shown(value['mean'])} ± {value['error']:.2g}"
     if isinstance(value, list):
         return ", ".join(shown(entry) for entry in value)
-    text = (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
-    return re.sub(r"[|\n]", " ", text)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value).replace("|", " ").replace("\n", " ")

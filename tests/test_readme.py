@@ -4,6 +4,7 @@ The guides have tests of their own, where the figures that they show are compare
 """
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import varify
+from docs import hooks
 from varify import inits
 from varify.estimators import rules
 from varify.experiments.cli import parsers
@@ -124,6 +126,19 @@ def test_the_reference_has_every_public_name() -> None:
     wanted = {name.replace("varify.objective.schedules", "varify.schedules") for name in wanted}
     assert len(wanted) > 80
     assert wanted - told == set()
+
+
+def test_committed_results_become_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(hooks, "RESULTS", results)
+    row = {"torch": "2", "ll": {"mean": -2.59, "error": 0.086}, "rmse": 2.987, "splits": [{"ll": 1.0}, {"ll": 2.0}]}
+    (results / "uci.json").write_text(json.dumps({"boston": row, "yacht": {"rmse": 0.5, "torch": "2"}}))
+    text = hooks.on_page_markdown(f"before\n{hooks.MARK}\nafter")
+    assert text.startswith("before\n### uci")
+    assert "`python -m tests.benchmarks.uci`; torch 2\n" in text
+    assert "| boston | -2.59 ± 0.086 | 2.99 |\n| yacht |  | 0.5 |" in text
+    assert hooks.on_page_markdown("no mark") == "no mark"
 
 
 ARCHITECTURE = Path(varify.__file__).parent / "ARCHITECTURE.md"
