@@ -13,7 +13,6 @@ from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
 NOTEBOOKS = sorted((HERE.parent / "notebooks").glob("*.ipynb"))
-NEEDS = {"6_transformers": ("transformers", "peft")}
 LARGEST = 300_000  # bytes, with the outputs
 
 
@@ -42,8 +41,6 @@ def written(notebook: NotebookNode, path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of the notebook's machinery, not of the notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path) -> None:
-    for package in NEEDS.get(path.stem, ()):
-        pytest.importorskip(package)
     notebook = executed(path)
     assert all(cell.get("execution_count") for cell in notebook.cells if cell.cell_type == "code")
 
