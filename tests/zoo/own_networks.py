@@ -104,7 +104,7 @@ class Nested(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(3, 4), varify.variationalize(nn.Linear(4, 2))
+        self.body, self.head = nn.Linear(3, 4), varify.variationalize(nn.Linear(4, 2), estimator="weights")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.body(x)))
