@@ -560,7 +560,7 @@ def test_gradients_are_finite_without_variance() -> None:
         assert all(g.isfinite().all() for g in grads), f
 
 
-def test_kept_variances_follow_the_weights() -> None:
+def test_variances_follow_the_weights_however_they_are_written() -> None:
     vnet, x = variational(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))), plain(4, 3)
 
     def both() -> tuple[Tensor, Tensor]:
@@ -579,6 +579,9 @@ def test_kept_variances_follow_the_weights() -> None:
         seen.append(both())
         vnet.propagate(x)
         vnet.posteriors["2.weight"].mu.mul_(0.5)
+        seen.append(both())
+        vnet.propagate(x)
+        vnet.posteriors["2.weight"].rho.data.add_(0.5)  # of which torch's versions tell nothing
         seen.append(both())
         vnet.propagate(x)
         varify.prune(vnet, 0.5)

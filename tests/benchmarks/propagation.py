@@ -59,7 +59,6 @@ def ratios(name: str, device: str, repeats: int) -> Figures:
     calls = {
         "plain": lambda: plain(x),
         "propagate": lambda: vnet.propagate(x),
-        "first propagate": lambda: first(vnet, x),
         "predict 32": lambda: vnet.predict(x, n_samples=32),
     }
     times: dict[str, list[float]] = {what: [] for what in calls}
@@ -72,13 +71,6 @@ def ratios(name: str, device: str, repeats: int) -> Figures:
                 times[what].append(taken)
     medians = {what: statistics.median(found) for what, found in times.items()}
     return {"plain ms": 1e3 * medians["plain"]} | {w: medians[w] / medians["plain"] for w in calls if w != "plain"}
-
-
-def first(vnet: varify.VariationalModule, x: Tensor) -> object:
-    """A call after the weights have changed, whose variances are computed anew."""
-    for q in vnet.posteriors.values():
-        q.rho.add_(0.0)
-    return vnet.propagate(x)
 
 
 def trained(x: Tensor, y: Tensor, epochs: int) -> varify.VariationalModule:

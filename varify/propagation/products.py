@@ -21,7 +21,7 @@ _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transp
 def variance_of_product(op: Callable[[Tensor, Tensor], Tensor], x: Operand, w: Operand) -> Tensor:
     """The variance of `op(x, w)`, which sums products of an element of each; one of them at least is uncertain."""
     if isinstance(x, Uncertain) and isinstance(w, Uncertain):
-        return op(x.second, w.var) + op(x.var, w.square)
+        return op(x.second, w.var) + op(x.var, square_of(w))
     return op(x.var, square_of(w)) if isinstance(x, Uncertain) else op(square_of(x), var_of(w))
 
 
@@ -48,7 +48,7 @@ def affine(
         return Uncertain(mean, _along(mean, op, extra).expand_as(mean))
     if isinstance(input, Uncertain) and isinstance(weight, Uncertain):
         var = op(input.second, weight.var, extra, *settings, **named)
-        return Uncertain(mean, var + op(input.var, weight.square, None, *settings, **named))
+        return Uncertain(mean, var + op(input.var, square_of(weight), None, *settings, **named))
     if isinstance(input, Uncertain):
         return Uncertain(mean, op(input.var, square_of(weight), extra, *settings, **named))
     return Uncertain(mean, op(square_of(input), var_of(weight), extra, *settings, **named))

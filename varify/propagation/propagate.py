@@ -1,8 +1,7 @@
 """One call of a network with every posterior's mean and variance in the place of a draw."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ def propagate(vnet: Any, *args: object, outputs: str = "logits", class_dim: int 
     All intermediate tensors are taken for independent Gaussians (Wu et al. 2019, arXiv:1810.03958): exact for one
     linear map. What is neglected: covariances of a layer's outputs, which share its inputs' uncertainty; of positions
     and of layers that share weights; of a residual branch with what it is added to. Differentiable in mu and rho.
-    Without gradients, variances of the weights are kept between calls, two numbers a weight.
 
     Args:
         vnet: the variational module whose method this is.
@@ -45,7 +43,7 @@ def propagate(vnet: Any, *args: object, outputs: str = "logits", class_dim: int 
     refuse_nested(vnet, "propagate")
     with gathered(vnet):
         engine = vnet.engine
-        theta = {name: UncertainTensor(w, owns=False) for name, w in weights_of(engine).items()}
+        theta = {name: UncertainTensor(w, owns=False) for name, w in weights_of(engine.posteriors.now()).items()}
 
         def call(network: nn.Module) -> Any:
             return run_network(network, args, kwargs)
@@ -62,45 +60,14 @@ def propagate(vnet: Any, *args: object, outputs: str = "logits", class_dim: int 
     return mapped(predicted, output)
 
 
-class _Kept(NamedTuple):
-    """A weight's mean and variance, and what they were computed of: a posterior, and how often it had been written."""
-
-    gaussian: Uncertain
-    q: GaussianPosterior
-    versions: tuple[int, ...]
-
-
-# By engine, which ends with the module or its device: of calls without gradients, where only data change between calls.
-_KEPT: WeakKeyDictionary[Any, dict[str, _Kept]] = WeakKeyDictionary()
-
-
-def weights_of(engine: Any) -> dict[str, Uncertain]:
-    """Mean and variance of all weights by name, in the network's dtype.
-
-    Without gradients those of the last call are kept, with the squares of the means, until an optimizer or anything
-    else that torch knows of writes into mu or rho: they cost as much as a small batch.
-    """
-    posteriors: Mapping[str, GaussianPosterior] = engine.posteriors.now()
+def weights_of(posteriors: Mapping[str, GaussianPosterior]) -> dict[str, Uncertain]:
+    """Mean and variance of all weights by name, in the network's dtype."""
     _refuse_half(posteriors)
-    if torch.is_grad_enabled():
-        _KEPT.pop(engine, None)
-        return {name: _gaussian(q) for name, q in posteriors.items()}
-    kept = _KEPT.setdefault(engine, {})
-    for name, q in posteriors.items():
-        versions, known = _versions(q), kept.get(name)
-        if known is None or known.q is not q or known.versions != versions or not versions:
-            kept[name] = _Kept(_gaussian(q), q, versions)
-    return {name: kept[name].gaussian for name in posteriors}
+    return {name: _gaussian(q) for name, q in posteriors.items()}
 
 
 def _gaussian(q: GaussianPosterior) -> Uncertain:
     return Uncertain(cast(q.mean, q.mu.dtype), cast(q.sigma.square(), q.mu.dtype))
-
-
-def _versions(q: GaussianPosterior) -> tuple[int, ...]:
-    """How often each of the posterior's tensors was written; nothing where torch does not count."""
-    tensors = [t for t in (q.mu, q.rho, q.fixed) if t is not None]
-    return () if any(t.is_inference() for t in tensors) else tuple(t._version for t in tensors)
 
 
 def _refuse_half(posteriors: Mapping[str, GaussianPosterior]) -> None:

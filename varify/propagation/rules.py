@@ -34,18 +34,10 @@ class Uncertain:
         var: variance of each element, at least 0.
     """
 
-    __slots__ = ("_square", "mean", "var")
+    __slots__ = ("mean", "var")
 
     def __init__(self, mean: Tensor, var: Tensor) -> None:
         self.mean, self.var = mean, var
-        self._square: Tensor | None = None
-
-    @property
-    def square(self) -> Tensor:
-        """The mean's square. A weight that is kept between calls keeps it."""
-        if self._square is None:
-            self._square = self.mean.square()
-        return self._square
 
     @property
     def second(self) -> Tensor:
@@ -79,8 +71,7 @@ def with_var(value: Operand) -> Uncertain:
 
 def square_of(value: Operand) -> Tensor:
     """The square of a tensor, or that of the mean of what is uncertain."""
-    square: Tensor = value.square if isinstance(value, Uncertain) else value.square()
-    return square
+    return (value.mean if isinstance(value, Uncertain) else value).square()
 
 
 _RULES: dict[Any, Function] = {}
