@@ -338,14 +338,22 @@ def test_bad_priors_are_refused_when_set_and_the_former_stays(arguments: dict, t
     assert vnet.summary().rows == before
 
 
-def test_a_name_alone_has_the_numbers_of_pyvarinfs_experiment() -> None:
-    from varify.experiments.settings import PRIOR_DEFAULTS
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("mixtgauss", {"sigma_1": 0.2, "sigma_2": 0.02, "pi": 0.5}),
+        ("conjugate", {"mu_0": 0.0, "kappa_0": 3.0, "alpha_0": 0.5, "beta_0": 0.5}),
+        ("conjugate_known_mean", {"mean": 0.0, "alpha_0": 0.5, "beta_0": 0.5}),
+    ],
+)
+def test_a_name_alone_has_the_numbers_of_pyvarinfs_experiment(kind: str, numbers: dict[str, float]) -> None:
+    from varify.experiments.spelling import parsed_prior
 
-    for kind, numbers in PRIOR_DEFAULTS.items():
-        vnet = varify.variationalize(nn.Linear(3, 2), prior=kind)
-        settings = vnet.posteriors["weight"].prior.settings()
+    vnet = varify.variationalize(nn.Linear(3, 2), prior=kind)
+    for prior in (vnet.posteriors["weight"].prior, parsed_prior(kind)):
+        settings = prior.settings()
         assert {name: settings[name] for name in numbers} == numbers
-        assert vnet.prior_loss().isfinite()
+    assert vnet.prior_loss().isfinite()
 
 
 def test_set_prior_takes_a_glob() -> None:

@@ -36,6 +36,7 @@ from varify.objective.other_likelihoods import (
     PoissonLikelihood,
     StudentTLikelihood,
 )
+from varify.predicting import generate, predict
 from varify.prediction.ensemble import Ensemble
 from varify.prediction.prediction import Prediction
 from varify.propagation.prediction import GaussianPrediction
@@ -43,7 +44,7 @@ from varify.serialization import load, save
 from varify.variationalize import variationalize
 from varify.weights.kl import register_kl
 from varify.weights.posterior import GaussianPosterior
-from varify.within import generate, predict, prior_loss
+from varify.within import prior_loss
 
 __version__ = "0.1.0"
 __all__ = [

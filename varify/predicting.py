@@ -1,19 +1,24 @@
-"""What a variational module predicts: its face for all that is in `prediction/`."""
+"""Predictions: the face for all that is in `prediction/`, of a variational module and of a network with such parts."""
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from varify.errors import nonnegative_int, positive_int
-from varify.network.sharding import refuse_sharded
+from varify.errors import ArgumentError, ModelError, nonnegative_int, positive_int
+from varify.network.parameters import is_variational
+from varify.network.sharding import gathered, refuse_sharded
+from varify.network.view import Views
 from varify.posteriors import cuda_devices
 from varify.prediction.ensemble import MEMORY, Ensemble
 from varify.prediction.gather import gather
+from varify.prediction.many import Draws
+from varify.prediction.sampling import Sampler
 from varify.weights.draw import seeded
-from varify.within import outputs_of_draws
+from varify.within import check_variational, means_of, refuse_nested, required_parts, sampling
 
 
 class Predicting(nn.Module):
@@ -98,3 +103,98 @@ class Predicting(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(n_samples)]
         return Ensemble(copy.deepcopy(self), seeds, memory)
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module,
+    *args: object,
+    n_samples: int = 32,
+    outputs: str = "logits",
+    class_dim: int = -1,
+    **kwargs: object,
+) -> Any:
+    """Outputs of `n_samples` draws of the variational parts of any network, such as a Bayesian head on a plain body.
+
+    The network is in eval mode meanwhile, and what its forward sets is forgotten. A variational module is asked for
+    its own `predict`, which takes more; other networks run once a draw.
+
+    Args:
+        network: a variational module, or any module with variational parts.
+        args: of the network, as are `kwargs`.
+        n_samples: number of draws.
+        outputs: what the network returns, for the measures on classes; see `Prediction`.
+        class_dim: the classes' dimension in one output.
+        kwargs: of the network.
+
+    Returns:
+        As `VariationalModule.predict`: a `Prediction`, or the network's structure of them.
+
+    Raises:
+        ModelError: nothing in `network` is variational.
+        ArgumentError: n_samples is no positive integer.
+    """
+    required_parts(network)
+    if is_variational(network):
+        own: Any = network
+        return own.predict(*args, n_samples=n_samples, outputs=outputs, class_dim=class_dim, **kwargs)
+    with gathered(network):
+        sampler = Sampler(Views(network, {}, whole=True), {})
+        found = sampler.outputs(args, kwargs, lambda n: [{}] * n, n_samples, False, lambda part, _: sampling(part))
+    return gather(found.outputs, outputs, class_dim, found.vectorized)
+
+
+@torch.no_grad()
+def generate(vnet: nn.Module, *args: object, **kwargs: object) -> Any:
+    """The network's own `generate`: within `vnet.sampling()` with one draw of the weights for all of the call.
+
+    Otherwise with the means. A draw in each forward would give every token of a sequence other weights. A batch's
+    sequences share the draw: call it once for each that is to have its own.
+
+    Args:
+        vnet: a variational module around a network that has `generate`, such as those of transformers and PEFT.
+        args: of that, as are `kwargs`.
+        kwargs: likewise.
+
+    Raises:
+        ModelError: vnet is no variational module, or its network has no `generate`.
+    """
+    check_variational(vnet, "varify.generate")
+    own: Any = vnet
+    if not hasattr(own.module, "generate"):
+        raise ModelError(f"the {type(own.module).__name__} within has no generate(), which those of transformers have")
+    posteriors = own.posteriors
+    theta = posteriors.draw(own.drawing.noise) if own.drawing.always else posteriors.masked_means()
+    return own.engine.views.run(lambda network: network.generate(*args, **kwargs), theta, training=False)
+
+
+def outputs_of_draws(
+    vnet: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    n_samples: int,
+    vectorize: bool | None = None,
+    *,
+    joint: bool = True,
+    linearized: bool = False,
+    gradients: bool = False,
+) -> Draws:
+    """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
+    if linearized:
+        refuse_nested(vnet, "linearized=True")
+    if linearized and gradients:
+        raise ArgumentError("linearized=True has no gradients: leave out gradients=True, or linearized=True")
+    with torch.set_grad_enabled(gradients), gathered(vnet):
+        engine = vnet.engine
+        means = means_of(vnet) if linearized else None
+
+        def within(network: nn.Module, _: Mapping[str, Any]) -> Any:
+            return sampling(network)
+
+        def take(number: int) -> list[dict[str, Tensor]]:
+            return [engine.posteriors.draw(vnet.drawing.noise) for _ in range(number)]
+
+        draws: Draws | None = None
+        if not joint and not linearized and vnet.drawing.noise is None:
+            draws = engine.sampler.separate_outputs(args, kwargs, n_samples, vectorize, within)
+        return draws or engine.sampler.outputs(args, kwargs, take, n_samples, vectorize, within, means)

@@ -15,7 +15,8 @@ from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
 from varify.network.arguments import unpack
 from varify.objective.elbo import Criterion, scalar
-from varify.within import check_variational, outputs_of_draws
+from varify.predicting import outputs_of_draws
+from varify.within import check_variational
 
 
 @dataclass(frozen=True)

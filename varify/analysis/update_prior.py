@@ -32,7 +32,6 @@ def update_prior(vnet: VariationalModule, *, where: str | Sequence[str] = "*") -
     check_variational(vnet, "varify.update_prior")
     refuse_sharded(vnet, "varify.update_prior")
     posteriors = dict(vnet.posteriors)
-    # sigma of a weight with a mask is 0, which no prior may have
     new = {}
     for name in matching(posteriors, where):
         q = posteriors[name]

@@ -4,13 +4,8 @@ from collections.abc import Callable
 
 from varify import VarifyError, priors, schedules
 from varify.experiments.errors import SettingsError, nearest
+from varify.priors.registry import names
 
-# Hyper-parameters of the command line's priors where none are given; PyVarInf's own experiment used these.
-PRIOR_DEFAULTS: dict[str, dict[str, float]] = {
-    "mixtgauss": {"sigma_1": 0.2, "sigma_2": 0.02, "pi": 0.5},
-    "conjugate": {"mu_0": 0.0, "kappa_0": 3.0, "alpha_0": 0.5, "beta_0": 0.5},
-    "conjugate_known_mean": {"mean": 0.0, "alpha_0": 0.5, "beta_0": 0.5},
-}
 # By name: what the number after the colon means, and its default.
 SCHEDULES = {"constant": ("", None), "warm-up": ("share", 0.25), "cyclical": ("cycles", 4.0), "blundell": ("", None)}
 Schedule = Callable[[int], float]
@@ -23,7 +18,7 @@ def parsed_prior(text: str) -> priors.Prior:
         SettingsError: there is none.
     """
     name, _, rest = text.partition(":")
-    hyperparameters: dict[str, float] = dict(PRIOR_DEFAULTS.get(name, {}))
+    hyperparameters: dict[str, float] = {}
     for pair in rest.split(",") if rest else []:
         key, _, value = (part.strip() for part in pair.partition("="))
         try:
@@ -34,7 +29,7 @@ def parsed_prior(text: str) -> priors.Prior:
         return priors.as_prior(name, **hyperparameters)
     except VarifyError as error:
         told = str(error).removeprefix(f"prior {name!r}: ")
-        hint = nearest(name, [*PRIOR_DEFAULTS, "gaussian"]) if told.startswith("unknown") else ""
+        hint = nearest(name, names()) if told.startswith("unknown") else ""
         raise SettingsError(f"prior {text!r}: {told}{hint}") from None
 
 

@@ -10,7 +10,8 @@ from varify.errors import ArgumentError
 from varify.network.arguments import unpack
 from varify.objective.elbo import ELBO, Criterion, parameter_groups
 from varify.objective.schedules import Schedule
-from varify.within import predict, required_parts
+from varify.predicting import predict
+from varify.within import required_parts
 
 
 class VariationalLightningModule(lightning.LightningModule):  # type: ignore[misc]
