@@ -1,16 +1,17 @@
 """The one line: any network to a variational one."""
 
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
 
-from varify.errors import nonnegative_int
+from varify.errors import VarifyWarning, listed, nonnegative_int
 from varify.estimators.rules import EstimatorLike, check_estimator
 from varify.inits import InitLike, as_init, started
 from varify.module import VariationalModule
 from varify.network.checks import check_model
 from varify.network.copies import copy_network
-from varify.network.parameters import first_slots, slot_names
+from varify.network.parameters import Slot, first_slots, slot_names
 from varify.network.selection import WhereLike, by_glob, choose, padding_rows
 from varify.posteriors import Settings, Trees, bind
 from varify.priors import Gaussian, Prior, PriorLike, as_prior
@@ -66,6 +67,7 @@ def variationalize(
     chosen_inits = by_glob(init, as_init(None), chosen, as_init)
     estimators = by_glob(estimator, "auto", chosen, check_estimator)
     bound = {name: bind(chosen_priors[name], slot) for name, slot in chosen.items()}
+    _warn_of_numbers(chosen)
     network = copy_network(model)
     inside, padding = first_slots(network), padding_rows(model, chosen)
     rhos = {}
@@ -84,3 +86,16 @@ def variationalize(
     for name, mask in padding.items():
         vnet.posteriors.set_mask(name, mask)
     return vnet
+
+
+def _warn_of_numbers(chosen: Mapping[str, Slot]) -> None:
+    """Warn of weights that are no numbers, and no error: a checkpoint may be loaded over them yet."""
+    bounds = {name: slot.parameter.detach().aminmax() for name, slot in chosen.items() if slot.parameter.numel()}
+    bad = [name for name, (low, high) in bounds.items() if not (low.isfinite() and high.isfinite())]
+    if bad:
+        warnings.warn(
+            f"{listed(bad)} have NaN or infinite weights, and so will all that depends on them: load a checkpoint from "
+            "before they came",
+            VarifyWarning,
+            stacklevel=3,
+        )

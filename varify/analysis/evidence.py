@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from varify.module import VariationalModule
-from varify.network.arguments import has_length, unpack
+from varify.network.arguments import copied, has_length, unpack
 from varify.network.copies import copy_network
 from varify.objective.elbo import scalar
 from varify.weights.posterior import GaussianPosterior
@@ -32,6 +32,11 @@ class FirstBatch(NamedTuple):
         """`inputs` as for `ELBO`."""
         args, kwargs = unpack(inputs, network)
         return cls(args, kwargs, targets, size_of(network, inputs), total)
+
+    def call(self, network: nn.Module) -> Any:
+        """What a network returns for it."""
+        args, kwargs = copied(self.args, self.kwargs)
+        return network(*args, **kwargs)
 
 
 def size_of(network: nn.Module, inputs: object) -> int:
@@ -130,9 +135,9 @@ class Evidence:
         losses, mu, rho = [], Running(), Running()
         with torch.enable_grad():
             if any(part.posteriors.settings.wants_estimators for part in parts):
-                network(*batch.args, **batch.kwargs)  # the first call has no estimators
+                batch.call(network)  # the first call has no estimators
             for _ in range(self.n_draws):
-                output = network(*batch.args, **batch.kwargs)
+                output = batch.call(network)
                 loss = scalar(criterion(output, batch.targets))
                 losses.append(loss.detach())
                 if loss.requires_grad and (mus or rhos):
@@ -158,7 +163,7 @@ class Evidence:
         network, batch, found = copy_network(self.network).eval(), self.batch, Running()
         with torch.no_grad(), sampling(network):
             for _ in range(self.n_draws):
-                found.add(floating(network(*batch.args, **batch.kwargs)))
+                found.add(floating(batch.call(network)))
         return found
 
 

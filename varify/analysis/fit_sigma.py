@@ -9,8 +9,9 @@ from torch.func import grad, jacrev, vjp
 
 from varify.analysis.batch import Batch
 from varify.analysis.splitting import Splitter
-from varify.errors import ArgumentError, PriorError, one_of, positive_int, positive_number
+from varify.errors import ArgumentError, PriorError, listed, one_of, positive_int, positive_number
 from varify.module import VariationalModule
+from varify.network.arguments import copied
 from varify.objective.elbo import Criterion, scalar
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
@@ -58,8 +59,9 @@ def fit_sigma(
             several adjacent entries for each datum.
 
     Raises:
-        ArgumentError: an empty loader, more data than num_data, a criterion without a scalar, an unknown curvature, or
-            tensors of which it is ambiguous whether they have an entry for each datum.
+        ArgumentError: an empty loader, more data than num_data, a criterion without a scalar or without finite
+            derivatives, an unknown curvature, a batch that isn't the first dimension, or tensors of which it
+            is ambiguous whether they have an entry for each datum.
         PriorError: a prior has no variance.
     """
     check_variational(vnet, "varify.fit_sigma")
@@ -70,6 +72,11 @@ def fit_sigma(
     prior_var = {name: _prior_std(name, q).square() for name, q in posteriors.items()}
     splitter = Splitter(vnet, loader, criterion, batched)
     squares, seen = _curvature(vnet, loader, criterion, num_data, curvature, splitter)
+    bad = [name for name, square in squares.items() if not square.isfinite().all()]
+    if bad:
+        raise ArgumentError(
+            f"the loss's derivatives by {listed(bad)} are not finite: look for NaN in the loader's data"
+        )
     with torch.no_grad():
         for name, q in posteriors.items():
             precision = num_data / seen * squares[name].to(q.rho.dtype) + 1 / prior_var[name]
@@ -149,8 +156,9 @@ class _Squares:
         return squares
 
     def _output(self, theta: Weights, one: Any) -> Any:
-        args, kwargs, _ = one
-        return self._engine.call_with(theta, args, kwargs, training=False)
+        args, kwargs = copied(*one[:2])
+        views = self._engine.isolated
+        return views.run(lambda network: network(*args, **kwargs), theta, training=False, buffers={})
 
     def _loss(self, output: Any, one: Any) -> Tensor:
         return scalar(self._criterion(output, one[2]))
@@ -161,8 +169,11 @@ class _Squares:
             kind = type(output).__name__
             raise ArgumentError(f"curvature='ggn' needs a network with one output tensor, got a {kind}; take 'fisher'")
         second = jacrev(jacrev(lambda y: self._loss(y, one)))(output.detach())
-        values, vectors = torch.linalg.eigh(second.reshape(output.numel(), output.numel()))
-        roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *output.shape)
+        wide = second.reshape(output.numel(), -1).to(
+            torch.promote_types(output.dtype, torch.float32)
+        )  # no half in eigh
+        values, vectors = torch.linalg.eigh(wide)
+        roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *output.shape).to(output.dtype)
         return roots
 
 

@@ -12,6 +12,7 @@ from varify.analysis.batch import Batch
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError
 from varify.module import VariationalModule
+from varify.network.arguments import copied
 from varify.objective.elbo import Criterion, scalar
 from varify.posteriors import cuda_devices
 from varify.prediction.linearizing import Linearized
@@ -97,7 +98,8 @@ class PredictiveNLL:
         views = self._vnet.engine.isolated
 
         def run(theta: dict[str, Tensor]) -> Any:
-            return views.run(lambda network: network(*args, **kwargs), theta, training=False, buffers={})
+            own, named = copied(args, kwargs)
+            return views.run(lambda network: network(*own, **named), theta, training=False, buffers={})
 
         output = Linearized(run, self._means)(theta) if self._linearized else run(theta)
         return scalar(self._criterion(output, targets))

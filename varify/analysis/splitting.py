@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, spread
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
-from varify.network.arguments import has_length
+from varify.network.arguments import copied, has_length
 from varify.objective.elbo import Criterion, scalar
 
 # With at most this many tensors of one length, all their combinations are tried: 63.
@@ -32,11 +32,20 @@ class Splitter:
         loader: of (inputs, targets). Traversed once more if lengths must decide, unless it is an iterator.
         criterion: `(output, targets)` to a mean over the batch.
         batched: the answer, if the user has it: booleans in the structure of (inputs, targets), for tensors or parts.
+
+    Raises:
+        ArgumentError: the network's batch is not the first dimension.
     """
 
     def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: object) -> None:
         self._vnet, self._loader, self._criterion, self._batched = vnet, loader, criterion, batched
         self._found: dict[Any, Leaves] = {}
+        batch_dim = vnet.posteriors.settings.batch_dim
+        if batch_dim:
+            raise ArgumentError(
+                f"data are told apart along the first dimension, and this network has batch_dim={batch_dim}: convert "
+                "it within a module that has the batch first and transposes it"
+            )
         self._network: nn.Module | None = None
 
     def size(self, inputs: object, targets: object) -> int:
@@ -173,6 +182,7 @@ class Splitter:
         if self._network is None:
             self._network = self._vnet.sample_model().eval()
         with torch.no_grad():
+            args, kwargs = copied(args, kwargs)
             return self._network(*args, **kwargs)
 
 

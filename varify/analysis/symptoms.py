@@ -145,6 +145,24 @@ def _count_collapsed(q: GaussianPosterior) -> tuple[int, int]:
 
 
 @check(
+    "not-finite-loss",
+    *("batch", "criterion"),
+    change="where inputs or targets are at fault, clean the data; else lower the learning rate, clip gradients, or "
+    "look for a logarithm or a quotient in the network and the criterion",
+)
+def _not_finite_loss(e: Evidence) -> Found | str:
+    parts = {
+        "inputs": floating((e.batch.args, dict(e.batch.kwargs))),
+        "targets": floating(e.batch.targets),
+        "outputs": floating(e.trained.output),
+    }
+    bad = [part for part, tensors in parts.items() if not all(x.isfinite().all() for x in tensors)]
+    if math.isfinite(e.trained.nll):
+        return Found("fine", "the loss is a finite number")
+    return Found("error", f"the loss is {e.trained.nll}" + (f", and so are some of the {listed(bad)}" if bad else ""))
+
+
+@check(
     "kl-dominates",
     *("batch", "criterion", "num_data"),
     change="where the nll does not fall, lower beta or warm it up (varify.schedules.warm_up), fit the prior "

@@ -170,7 +170,7 @@ def _along(differs: Tensor, dim: int, count: int, which: int) -> Examples | None
     size = differs.shape[dim]
     if size % count:
         return None
-    rows = differs.movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+    rows = differs.movedim(dim, 0).reshape(size, -1).any(1).nonzero().flatten()
     if (rows // (size // count) == which).all():
         return Examples(count, dim)
     if (rows % count == which).all():

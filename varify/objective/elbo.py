@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
-from varify.network.arguments import fewest, unpack
+from varify.network.arguments import copied, fewest, unpack
 from varify.objective.schedules import Schedule
 from varify.within import learns_undrawn, pairs_draws, prior_loss, required_parts, sharing_sigma, variational_parts
 
@@ -141,11 +141,13 @@ class ELBO:
         for _ in range(paired):
             noise: dict[str, Tensor] = {}
             for mirrored in (False, True):
+                own, named = copied(args, kwargs)
                 with vnet.drawing.fixed({k: -eps for k, eps in noise.items()} if mirrored else noise):  # type: ignore[union-attr, operator]
-                    output = vnet(*args, **kwargs)
+                    output = vnet(*own, **named)
                 yield output
         for _ in range(self.n_samples - 2 * paired):
-            yield vnet(*args, **kwargs)
+            own, named = (args, kwargs) if self.n_samples == 1 else copied(args, kwargs)
+            yield vnet(*own, **named)
 
     def _warn_of_eval_mode(self, vnet: nn.Module) -> None:
         # the other bound draws in eval mode as well; a compiled function has no place for warnings
@@ -178,7 +180,8 @@ class ELBO:
                 stack.enter_context(vnet.sampling())
                 for part, noise in drawn:
                     stack.enter_context(part.drawing.fixed(noise))
-                nlls.append(scalar(criterion(vnet(*args, **kwargs), targets)))
+                own, named = copied(args, kwargs)
+                nlls.append(scalar(criterion(vnet(*own, **named), targets)))
             ratios = [q.log_ratio(noise[name]) for part, noise in drawn for name, q in part.posteriors.items()]
             log_ratios.append(torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).sum())
         nll, log_ratio = torch.stack(nlls), torch.stack(log_ratios)

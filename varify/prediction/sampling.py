@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from varify.errors import ArgumentError, positive_int
+from varify.network.arguments import copied
 from varify.network.parameters import Slot
 from varify.network.signature import call_signature, has_hooks, takes
 from varify.network.view import Views
@@ -88,7 +89,8 @@ class Sampler:
 
             def call(network: nn.Module) -> Any:
                 with within(network, weights):
-                    return network(*args, **kwargs)
+                    own, named = copied(args, kwargs)
+                    return network(*own, **named)
 
             return self._views.run(call, weights, training=False, buffers=held)
 

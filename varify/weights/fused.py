@@ -59,7 +59,8 @@ class _Draws(torch.autograd.Function):
         if n == 1:
             ctx.save_for_backward(*rhos, *eps)
         else:  # not freed by backward, which comes once for each reentrant checkpoint that uses some of the draws
-            ctx.kept, ctx.versions = (*rhos, *eps), _versions(rhos)
+            ctx.kept = *rhos, *eps
+            ctx.versions = _versions(ctx.kept)
         if len({t.dtype for t in tensors}) == 1:
             return tuple(torch._foreach_addcmul(tensors[:n], sigmas, eps))
         return tuple(map(_draw, tensors[:n], sigmas, eps))
@@ -68,8 +69,8 @@ class _Draws(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         n = len(grads)
         saved = ctx.saved_tensors if n == 1 else ctx.kept
-        if n > 1 and _versions(saved[:n]) != ctx.versions:
-            raise RuntimeError("a rho has been modified in place between the draw and its backward")
+        if n > 1 and _versions(saved) != ctx.versions:
+            raise RuntimeError("a rho, or the noise, has been modified in place between the draw and its backward")
         needed = ctx.needs_input_grad[2:]
         to_rho = [
             softplus_backward(grad.to(rho.dtype) * eps, rho) if grad is not None and wanted else None

@@ -23,6 +23,11 @@ class Examples(NamedTuple):
     dim: int | None = None
     minor: bool = False
 
+    def of_rows(self, rows: int, device: torch.device) -> Tensor:
+        """Which example each of so many rows belongs to, `(rows,)`."""
+        numbers, repeats = torch.arange(self.number, device=device), rows // self.number
+        return numbers.repeat(repeats) if self.minor else numbers.repeat_interleave(repeats)
+
     def spread(self, signs: Tensor, like: Tensor, dim: int) -> Tensor:
         """`signs`, `(B, C)`, repeated and reshaped to multiply `like`, whose channels are at `dim`."""
         assert self.dim is not None
@@ -133,9 +138,12 @@ class Moments:
         """
         if self.examples.dim is None:
             return 1.0
-        signs = self.signs(axis)
-        signs = signs.repeat(1, like.shape[dim] // signs.shape[1])
-        return self.examples.spread(signs.to(like.dtype), like, dim)
+        signs, dim, channels = self.signs(axis).to(like.dtype), dim % like.dim(), like.shape[dim]
+        if dim == self.examples.dim:  # the rows are the channels: each has the sign of its own example alone
+            index = torch.arange(channels, device=like.device)
+            picked = signs[self.examples.of_rows(channels, like.device), index % signs.shape[1]]
+            return picked.view([-1 if d == dim else 1 for d in range(like.dim())])
+        return self.examples.spread(signs.repeat(1, channels // signs.shape[1]), like, dim)
 
 
 def _random_signs(count: int, size: int, like: Tensor) -> Tensor:
