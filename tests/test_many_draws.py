@@ -116,8 +116,8 @@ def test_what_is_large_runs_sequentially_on_a_cpu_and_what_is_small_at_once() ->
     assert not vnet.predict(torch.randn(10_000, 3), n_samples=3).vectorized
     assert vnet.predict(torch.randn(4, 3), n_samples=3).vectorized
     wide = varify.variationalize(nn.Sequential(nn.Linear(3, 40_000), nn.Linear(40_000, 2)))
-    assert not wide.predict(torch.randn(1, 3), n_samples=3).vectorized
-    assert wide.predict(torch.randn(1, 3), n_samples=3, vectorize=True).vectorized
+    assert not wide.predict(torch.randn(2, 3), n_samples=3).vectorized
+    assert wide.predict(torch.randn(2, 3), n_samples=3, vectorize=True).vectorized
     convolution = varify.variationalize(nn.Conv2d(1, 2, 3))
     assert convolution.predict(torch.randn(1, 1, 8, 8), n_samples=3).vectorized
 

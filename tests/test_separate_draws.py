@@ -1,5 +1,7 @@
 """Each input draws for itself: its samples have the distribution that joint draws give it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch.func import functional_call
 
 import varify
 from tests.networks import CASES, seeded
+from varify.graph import separate
 
 DRAWS = 100_000
 QUANTILES = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99], dtype=torch.float64)
@@ -53,16 +56,17 @@ def joint_draws(vnet: varify.VariationalModule, x: Tensor) -> Tensor:
     return run(weights).double()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "by_itself"), [(1, True), (1, False), (3, False)])
 @pytest.mark.parametrize(("build", "n"), [(mlp, DRAWS), (Mixed, 10_000)])
-def test_mean_variance_and_quantiles_are_those_of_joint_draws(build: type, n: int, batch: int) -> None:
+def test_mean_variance_and_quantiles_are_those_of_joint_draws(build: type, n: int, batch: int, by_itself: bool) -> None:
     torch.manual_seed(0)
     vnet, x = noisy(build()), torch.randn(batch, 3)
     joint = joint_draws(vnet, x)
-    prediction = vnet.predict(x, n_samples=n, seed=2, joint=False)
+    torch.manual_seed(2)
+    prediction = vnet.predict(x, n_samples=n) if by_itself else vnet.predict(x, n_samples=n, joint=False)
     assert prediction.vectorized
     samples, by_number = prediction.samples.double(), (1 / n + 1 / DRAWS) ** 0.5
-    # Six standard errors: 9 numbers of at most 6 outputs in 4 cases pass them in 1 of 10 million choices of the seeds,
+    # Six standard errors: 9 numbers of at most 6 outputs in 6 cases pass them in 1 of 10 million choices of the seeds,
     # were they normal; the fourth moments, of a network's tails, are rough.
     away = joint - joint.mean(0)
     assert ((samples.mean(0) - joint.mean(0)).abs() < 6 * joint.std(0) * by_number).all()
@@ -116,6 +120,63 @@ def test_one_layer_has_its_exact_moments(name: str) -> None:
     # at most 20 means and 20 variances of 4 cases, five standard errors: 1 false alarm in 10,000
     assert ((samples.mean(0) - mean).abs() <= 5 * (var / 50_000).sqrt() + 1e-6).all()
     assert ((samples.var(0) - var).abs() <= 5 * var * (2 / 50_000) ** 0.5 + 1e-6).all()
+
+
+def noise_of(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
+    """The shapes of noise that a call draws."""
+    shapes: set[tuple[int, ...]] = set()
+    randn_like = torch.randn_like
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x, **k: shapes.add(tuple(x.shape)) or randn_like(x, **k))
+        call()
+    return shapes
+
+
+def test_one_input_needs_no_weights_unless_asked_for_by_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    vnet, x = noisy(mlp()), torch.randn(2, 3)
+    vnet.predict(x[:1])  # the first call is recorded with draws
+    outputs, weights = {(1, 6), (1, 5), (1, 2)}, {(6, 3), (6,), (5, 6), (5,), (2, 5), (2,)}
+    assert noise_of(lambda: vnet.predict(x[:1]), monkeypatch) == outputs
+    for options in ({"seed": 1}, {"vectorize": True}, {"vectorize": False}, {"linearized": True}):
+        assert noise_of(lambda options=options: vnet.predict(x[:1], **options), monkeypatch) == weights
+    with vnet.fixed_draw():
+        assert noise_of(lambda: vnet.predict(x[:1]), monkeypatch) == weights
+        assert not vnet.predict(x[:1]).std.any()
+    assert noise_of(lambda: vnet.predict(x), monkeypatch) == weights
+    one, both = (vnet.predict(data, seed=1).samples for data in (x[:1], x))
+    torch.testing.assert_close(one, both[:, :1])
+
+
+def test_positions_of_one_input_see_one_weight() -> None:
+    torch.manual_seed(0)
+    vnet = noisy(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    samples = vnet.predict(torch.ones(1, 5, 3)).samples
+    assert samples.std(0).min() > 0
+    torch.testing.assert_close(samples, samples[:, :, :1].expand_as(samples))
+
+
+def test_a_network_that_draws_most_weights_anyhow_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    vnet = noisy(nn.Sequential(nn.Conv1d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 1)))
+    recorded: list[int] = []
+    decide = separate.exact_decisions
+    monkeypatch.setattr(separate, "exact_decisions", lambda *a: recorded.append(1) or decide(*a))
+    for length in (9, 10, 11):
+        assert noise_of(lambda n=length: vnet.predict(torch.randn(1, 1, n)), monkeypatch) >= {(8, 1, 3), (1, 8)}
+    assert len(recorded) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_first_call_draws_as_later_ones_do(batch: int) -> None:
+    vnet, x, samples = noisy(mlp()), torch.randn(batch, 3), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        samples.append(vnet.predict(x, n_samples=4, joint=False).samples)
+    assert torch.equal(*samples)
+
+
+def test_an_argument_that_is_not_the_networks_is_refused_by_name() -> None:
+    with pytest.raises(varify.ArgumentError, match="the number of draws is n_samples, got num_samples=3"):
+        noisy(mlp()).predict(torch.ones(1, 3), num_samples=3)
 
 
 COUNTS: list[int] = []

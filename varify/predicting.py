@@ -49,7 +49,8 @@ class Predicting(nn.Module):
                 sum over the batch, or a function of several inputs, mean nothing (nothing can check that). Then no
                 weights are drawn where each input uses a weight once (local reparameterization, which is exact there),
                 and what depends on no draw is computed once: much faster for an MLP or a Bayesian head. Elsewhere, and
-                in `fixed_draw` or linearized, the draws are joint ones.
+                in `fixed_draw` or linearized, the draws are joint ones. For a single input both ways are the same, so
+                it is predicted without drawing weights by default, unless there is a seed or a choice of `vectorize`.
             outputs: what the network returns, for the measures on classes; see `Prediction`.
             class_dim: the classes' dimension in one output.
             vectorize: whether to run several draws at once, by `torch.func.vmap`; by default where it is expected to
@@ -73,9 +74,11 @@ class Predicting(nn.Module):
         within: Any = nullcontext()
         if seed is not None:
             within = seeded(nonnegative_int("seed", seed), cuda_devices(vnet.posteriors))
+        # a seed promises networks, the same ones for any batch, and a choice of `vectorize` the same draws either way
+        way = None if joint and seed is None and vectorize is None else joint
         with within:
             found = outputs_of_draws(
-                self, args, kwargs, n_samples, vectorize, joint=joint, linearized=linearized, gradients=gradients
+                self, args, kwargs, n_samples, vectorize, joint=way, linearized=linearized, gradients=gradients
             )
         with torch.set_grad_enabled(gradients):
             return gather(found.outputs, outputs, class_dim, found.vectorized)
@@ -175,11 +178,14 @@ def outputs_of_draws(
     n_samples: int,
     vectorize: bool | None = None,
     *,
-    joint: bool = True,
+    joint: bool | None = True,
     linearized: bool = False,
     gradients: bool = False,
 ) -> Draws:
-    """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`."""
+    """What the network returns in eval mode for each of many draws; see `VariationalModule.predict`.
+
+    `joint=None` is whichever way is faster where both give the output one distribution.
+    """
     if linearized:
         refuse_nested(vnet, "linearized=True")
     if linearized and gradients:
@@ -196,5 +202,6 @@ def outputs_of_draws(
 
         draws: Draws | None = None
         if not joint and not linearized and vnet.drawing.noise is None:
-            draws = engine.sampler.separate_outputs(args, kwargs, n_samples, vectorize, within)
+            way = engine.sampler.outputs_of_one if joint is None else engine.sampler.separate_outputs
+            draws = way(args, kwargs, n_samples, vectorize, within)
         return draws or engine.sampler.outputs(args, kwargs, take, n_samples, vectorize, within, means)

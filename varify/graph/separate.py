@@ -13,7 +13,7 @@ from varify.network.signature import call_signature
 from varify.network.view import Views
 from varify.posteriors import Posteriors
 from varify.prediction.many import Draws
-from varify.prediction.sampling import MOST_SHAPES, Sampler, StandIns, shapes_of
+from varify.prediction.sampling import MOST_SHAPES, Sampler, StandIns, check_arguments, shapes_of
 from varify.prediction.vectorizing import Stack
 from varify.weights.draw import draw
 
@@ -37,17 +37,40 @@ class SeparateSampler(Sampler):
         self._posteriors = posteriors
         # by signature and shapes, the decisions for parameters that have stand-ins
         self._decisions: dict[Any, dict[str, Decision]] = {}
+        # signatures of calls with one example in which most weights are drawn anyhow
+        self._drawn: set[Any] = set()
+
+    def outputs_of_one(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], n_samples: int, vectorize: bool | None, within: Within
+    ) -> Draws | None:
+        """As `outputs`, for a call with one example, without most weights; None where that can't be.
+
+        A weight that a call uses once gives its output the same distribution, drawn or not. With one example that is
+        what the decisions ask for, so that there is nothing which joint draws would have and these have not.
+        """
+        signature = call_signature(args, kwargs)
+        if signature in self._drawn or number_of_examples(args, kwargs, self._posteriors.settings.batch_dim) != 1:
+            return None
+        served = self._decided(args, kwargs)
+        if 2 * self._bytes_without(set(served)) > self._bytes_without(set()):
+            self._drawn.add(signature)  # whatever the shapes, each of which would be recorded
+            return None
+        return self.separate_outputs(args, kwargs, n_samples, vectorize, within)
+
+    def _decided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Decision]:
+        key = call_signature(args, kwargs), shapes_of(args, kwargs)
+        if key not in self._decisions:
+            check_arguments(self._views.network, args, kwargs)  # whose errors come before the network's
+            if len(self._decisions) >= MOST_SHAPES:
+                self._decisions.clear()
+            self._decisions[key] = exact_decisions(self._posteriors, self._views, args, kwargs)
+        return self._decisions[key]
 
     def separate_outputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], n_samples: int, vectorize: bool | None, within: Within
     ) -> Draws | None:
         """As `outputs`, but each example draws for itself; None where joint draws are needed, or no slower."""
-        key = call_signature(args, kwargs), shapes_of(args, kwargs)
-        if key not in self._decisions:
-            if len(self._decisions) >= MOST_SHAPES:
-                self._decisions.clear()
-            self._decisions[key] = exact_decisions(self._posteriors, self._views, args, kwargs)
-        decisions = self._decisions[key]
+        decisions = self._decided(args, kwargs)
         if not decisions:
             return None
         posteriors = self._posteriors.now()
@@ -81,5 +104,5 @@ class SeparateSampler(Sampler):
                 args, kwargs, take, n_samples, vectorize, watched, stand_ins=StandIns(stand_ins, set(decisions))
             )
         except Unforeseen:
-            self._decisions[key] = {}
+            decisions.clear()
             return None

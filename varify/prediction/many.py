@@ -1,6 +1,7 @@
 """Many draws of one network, sequentially or vectorized, with the same weights either way."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,21 @@ class Source(NamedTuple):
     Attributes:
         take: from a number to so many new draws, in a list or stacked.
         bytes: of one draw.
-        on_cpu: whether they run on a CPU.
+        devices: of the parameters.
     """
 
     take: Callable[[int], list[Theta] | Stack]
     bytes: int
-    on_cpu: bool
+    devices: set[torch.device]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether draws run on a CPU."""
+        return all(device.type == "cpu" for device in self.devices)
+
+    def same_numbers_after(self) -> AbstractContextManager[None]:
+        """Context that leaves torch's random numbers as they were."""
+        return torch.random.fork_rng(sorted(device.index for device in self.devices if device.type == "cuda"))
 
     def pays(self, cost: Cost) -> bool:
         """Whether draws are expected to run faster vectorized.
@@ -97,7 +107,9 @@ def many(
         draws = source.take(min(n_samples - len(outputs), max(1, CHUNK_BYTES // max(1, source.bytes))))
         number = draws.number if isinstance(draws, Stack) else len(draws)
         if way and cost is None:
-            cost, keeps, alone = _probed(certain or run, _one(draws, 0), randomness)
+            # a first call must have the draws that a later one has
+            with nullcontext() if certain is None else source.same_numbers_after():
+                cost, keeps, alone = _probed(certain or run, _one(draws, 0), randomness)
             alone = alone if certain is None else []
             found, way, fails = cost, cost is not None, cost is None and not keeps
         way = way and cost is not None and (vectorize is True or source.pays(cost))

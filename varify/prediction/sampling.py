@@ -120,9 +120,12 @@ class Sampler:
         return draws
 
     def _source(self, take: Callable[[int], list[Theta] | Stack], served: set[str]) -> Source:
-        parameters = {name: slot.parameter for name, slot in self._slots.items()}
-        size = sum(p.numel() * p.element_size() for name, p in parameters.items() if name not in served)
-        return Source(take, size, all(p.device.type == "cpu" for p in parameters.values()))
+        return Source(take, self._bytes_without(served), {slot.parameter.device for slot in self._slots.values()})
+
+    def _bytes_without(self, served: set[str]) -> int:
+        """Of one draw, but for these parameters."""
+        parameters = [slot.parameter for name, slot in self._slots.items() if name not in served]
+        return sum(p.numel() * p.element_size() for p in parameters)
 
 
 def check_arguments(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
