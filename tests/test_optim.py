@@ -18,7 +18,7 @@ from tests.networks import TiedLanguageModel
 from tests.test_distributed import in_two_processes
 from tests.test_linear_regression import NOISE, by_linear_algebra, network, problem
 from varify import inits, priors
-from varify.optim import IVON
+from varify.optim import IVON, newton
 
 N = 50
 
@@ -118,6 +118,29 @@ def test_the_first_step_sets_sigma_and_hess_init_none_keeps_it() -> None:
         q = vnet.posteriors["0.weight"]
         torch.testing.assert_close(q.sigma, torch.full_like(q.sigma, sigma), rtol=1e-3, atol=0.0)
         assert not torch.equal(before["module.0.weight"], q.mu)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "other"])
+def test_a_step_is_the_same_together_in_blocks_and_of_each_by_itself(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for large, block in ((10**6, 10**6), (0, 5), (0, 10**6)):  # as one vector, in pieces, one tensor at a time
+        monkeypatch.setattr(newton, "LARGE", large)
+        monkeypatch.setattr(newton, "BLOCK", block)
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 2))
+        net = net.to(memory_format=torch.channels_last) if layout == "other" else net
+        vnet = make(net)
+        varify.prune(vnet, 0.2)
+        optimizer = IVON(vnet, num_data=N)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(vnet(torch.ones(4, 2, 3, 3)), torch.tensor([0, 1, 1, 0])).backward()
+            optimizer.step()
+        found.append(numbers(vnet))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
 
 
 @pytest.mark.parametrize("estimator", ["weights", "local", "flipout", "auto"])

@@ -1,6 +1,6 @@
 """The store: every posterior of a network, paired once with its parameter, and what is asked of all of them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,13 +85,8 @@ class _Tables(NamedTuple):
         return GaussianPosterior(whole(mu), whole(rho), self.priors[self.leaf], self.masks.get(self.leaf))
 
     def holds(self, q: GaussianPosterior) -> bool:
-        leaf = self.leaf
-        return (
-            q.mu is self.means[self.attr]
-            and q.rho is self.rhos[leaf]
-            and q.prior is self.priors[leaf]
-            and q.fixed is self.masks.get(leaf)
-        )
+        same = q.mu is self.means[self.attr] and q.rho is self.rhos[self.leaf]
+        return same and q.prior is self.priors[self.leaf] and q.fixed is self.masks.get(self.leaf)
 
 
 class Posteriors(Mapping[str, GaussianPosterior]):
@@ -189,6 +184,14 @@ class Posteriors(Mapping[str, GaussianPosterior]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.slots)
+
+    def values(self) -> ValuesView[GaussianPosterior]:
+        """Those of `now`; a Mapping's own would ask for each by name, which checks all of them."""
+        return self.now().values()
+
+    def items(self) -> ItemsView[str, GaussianPosterior]:
+        """Likewise."""
+        return self.now().items()
 
     def __len__(self) -> int:
         return len(self.slots)

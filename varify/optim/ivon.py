@@ -11,7 +11,7 @@ from torch import nn
 from varify.errors import ArgumentError, ModelError, PriorError, StructureError, positive_int, positive_number
 from varify.network.sharding import refuse_sharded
 from varify.optim.gaussian_prior import moments
-from varify.optim.newton import averaged, newton_step
+from varify.optim.newton import averaged, newton_steps
 from varify.weights.posterior import GaussianPosterior
 from varify.within import required_parts, variational_parts
 
@@ -130,9 +130,9 @@ class IVON(torch.optim.Optimizer):
         self._refuse_kl_gradients()
         for name, q in posteriors:
             _check(name, q, groups)
+        moved = [q for _, q in posteriors if q.mu.grad is not None or q.rho.grad is not None]
+        newton_steps((q, self.state[q.rho], groups[id(q.mu)]) for q in moved)
         for _, q in posteriors:
-            if q.mu.grad is not None or q.rho.grad is not None:
-                newton_step(q, self.state[q.rho], groups[id(q.mu)])
             del groups[id(q.mu)], groups[id(q.rho)]
         for group in self.param_groups:
             for p in group["params"]:
