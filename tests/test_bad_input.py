@@ -132,3 +132,13 @@ def test_bad_predictions() -> None:
     for n_samples in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match=f"n_samples must be a positive integer, got {n_samples}"):
             vnet.predict(torch.ones(1, 3), n_samples=n_samples)
+
+
+def test_a_weight_of_the_kl_needs_a_kl() -> None:
+    x, y, network = torch.ones(4, 3), torch.tensor([0, 1, 0, 1]), nn.Linear(3, 2)
+    for call in (
+        lambda: varify.ELBO(num_data=4, beta="auto")(network, nn.functional.cross_entropy, x, y),
+        lambda: varify.kl_weight(network, 4),
+    ):
+        with pytest.raises(varify.ModelError, match="no variational parts, so there is no KL"):
+            call()

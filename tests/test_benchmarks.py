@@ -2,13 +2,15 @@
 
 import argparse
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.benchmarks import rivals, uci
-from tests.benchmarks.defaults import Data, parsed
+from tests.benchmarks.defaults import TASKS, Data, parsed
 
 
 def made_up(seed: int) -> Data:
@@ -64,3 +66,15 @@ def test_an_ensemble_of_equal_members_gains_nothing() -> None:
     assert figures["ensemble"]["nll"] == pytest.approx(expected, rel=1e-5)
     # nothing to disagree on: the mutual information of the three is 0 everywhere, within rounding
     assert figures["plain"]["error"] == figures["ensemble"]["error"]
+
+
+@pytest.mark.parametrize("task", ["mnist-mlp", "trec", "demand", "yacht", "cifar10"])
+def test_data_that_are_not_there_are_told_of_in_a_line(task: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise OSError("no net,\nno data")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr("urllib.request.urlretrieve", offline)
+    with pytest.raises(SystemExit, match=f"{tmp_path}.*[sS]ay --data-root") as told:
+        TASKS[task].data(tmp_path, 0)
+    assert "\n" not in str(told.value)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -541,6 +542,25 @@ def test_gradients_of_the_divergence_are_refused_and_forgotten_with_the_gradient
     terms.nll.backward()
     assert terms.kl.item() > 0  # to look at is no harm
     optimizer.step()
+
+
+def test_num_data_that_differs_from_the_objectives_is_told_once() -> None:
+    vnet = make().train()
+    optimizer, elbo = IVON(vnet, num_data=N), varify.ELBO(num_data=N + 1)
+
+    def train(elbo: varify.ELBO, steps: int = 1) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            elbo(vnet, F.cross_entropy, *batch()).nll.backward()
+            optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(varify.ELBO(num_data=N))  # the same
+        step(vnet, optimizer)  # or a loop of one's own
+    with pytest.warns(varify.VarifyWarning, match=f"num_data={N} here, and {N + 1} in the objective") as told:
+        train(elbo, steps=2)
+    assert [warning.filename for warning in told] == [__file__]
 
 
 BAD: dict[str, tuple[Callable[[varify.VariationalModule], Any], type[Exception], str]] = {

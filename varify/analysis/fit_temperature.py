@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from varify.analysis import data_of_sigmas
 from varify.analysis.predictive_nll import PredictiveNLL
 from varify.analysis.searching import last_within, minimum
-from varify.errors import ArgumentError, ModelError, one_of, positive_int, positive_number
+from varify.errors import ArgumentError, ModelError, VarifyWarning, one_of, positive_int, positive_number
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded
 from varify.objective.elbo import Criterion
@@ -45,8 +46,8 @@ def fit_temperature(
     Args:
         vnet: its rho's are changed, once, at the end; weights with a mask stay.
         loader: of (inputs, targets), inputs as for `ELBO`, the same data at each pass: about 25 passes are made. An
-            iterator is kept in memory. Data that the network was not trained on: on those that it was, which
-            nothing here can tell from others, the means are best and a share of their NLL is next to nothing.
+            iterator is kept in memory. Data that the network was not trained on: on those that it was, the means are
+            best and a share of their NLL is next to nothing. Only the data set that `fit_sigma` had is known again.
         criterion: `(output, targets)` to the negative log likelihood of a datum, mean over the batch, nats. It is
             called with one datum at a time. Where a datum has several labels, it must sum over these.
         n_samples: draws of the weights, S.
@@ -68,8 +69,15 @@ def fit_temperature(
 
     Warns:
         UserWarning: t is at one of the bounds.
+        VarifyWarning: the loader, or its data set, is the one that `fit_sigma` had.
     """
     low, high = _checked(vnet, n_samples, rule, tolerance, bounds)
+    if data_of_sigmas.were(vnet, loader):
+        warnings.warn(
+            "these are the data that fit_sigma had: the temperature wants data that the network was not trained on",
+            VarifyWarning,
+            stacklevel=3,
+        )
     nll = PredictiveNLL(vnet, loader, criterion, n_samples, batched, linearized)
     with nll.kept_noise():
         if rule == "nll":

@@ -114,7 +114,7 @@ class ELBO:
             ArgumentError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
                 that may be one argument or several.
         """
-        required_parts(vnet)
+        parts = required_parts(vnet)
         args, kwargs = unpack(inputs, vnet)
         batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
@@ -122,6 +122,8 @@ class ELBO:
                 f"num_data={self.num_data}, but this batch alone has {batch}: num_data is the size of the training set"
             )
         self._warn_of_eval_mode(vnet)
+        for part in parts if not torch.compiler.is_compiling() else []:
+            part.drawing.num_data = self.num_data
         beta = self.weight(vnet)
         if self.bound == "elbo":
             with sharing_sigma(vnet):

@@ -1,6 +1,7 @@
 """IVON: natural gradients for mu and rho, with the curvature that autograd gives through rho."""
 
 import math
+import warnings
 from collections.abc import Callable, Container
 from numbers import Real
 from typing import Any
@@ -8,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from varify.errors import ArgumentError, ModelError, PriorError, StructureError, positive_int, positive_number
+from varify.errors import (
+    ArgumentError,
+    ModelError,
+    PriorError,
+    StructureError,
+    VarifyWarning,
+    positive_int,
+    positive_number,
+)
 from varify.network.sharding import refuse_sharded
 from varify.optim.gaussian_prior import moments
 from varify.optim.newton import averaged, newton_steps
@@ -48,7 +57,7 @@ class IVON(torch.optim.Optimizer):
     Args:
         network: a variational module, or any module with variational parts, also within DDP.
         lr: rate; the first step of a weight is lr times its gradient, prior included.
-        num_data: size of the training set, the same as the `ELBO`'s, which this can't see.
+        num_data: size of the training set, the same as the `ELBO`'s: a `VarifyWarning` tells once where it is not.
         beta: weight of the KL, as in `ELBO`, whose own has no effect on the nll.
         betas: of the averages of gradient and curvature. The curvature is noisy: 1/(1 − betas[1]) is to be a fair
             share of all steps, but no less than a few thousand.
@@ -64,6 +73,8 @@ class IVON(torch.optim.Optimizer):
         ArgumentError: an argument has a value that it can't have.
         StructureError: the parameters are in parts (FSDP2).
     """
+
+    _warned = False
 
     def __init__(
         self,
@@ -130,6 +141,7 @@ class IVON(torch.optim.Optimizer):
         self._refuse_kl_gradients()
         for name, q in posteriors:
             _check(name, q, groups)
+        self._warn_of_num_data()
         moved = [q for _, q in posteriors if q.mu.grad is not None or q.rho.grad is not None]
         newton_steps((q, self.state[q.rho], groups[id(q.mu)]) for q in moved)
         for _, q in posteriors:
@@ -156,6 +168,19 @@ class IVON(torch.optim.Optimizer):
                 "the gradients have the divergence's in them, which IVON has in its step: zero_grad(), and go backward "
                 "from the negative log likelihood alone, terms.nll.backward()"
             )
+
+    def _warn_of_num_data(self) -> None:
+        told = {part.drawing.num_data for part in variational_parts(self._network)} - {None}
+        own = {group["num_data"] for group in self.param_groups}
+        if self._warned or told <= own:
+            return
+        self._warned = True
+        warnings.warn(
+            f"num_data={', '.join(map(str, sorted(own)))} here, and {', '.join(map(str, sorted(told)))} in the "
+            "objective: it is the size of the training set in both",
+            VarifyWarning,
+            stacklevel=5,  # the caller, beyond no_grad's wrapper and torch's own
+        )
 
 
 def _check(name: str, q: GaussianPosterior, known: Container[int]) -> None:

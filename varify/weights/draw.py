@@ -90,10 +90,12 @@ class Drawing:
     Attributes:
         kl_gradients: how many gradients went back through a divergence, for an optimizer that wants none, which sets
             it to 0. None: nobody counts.
+        num_data: size of the training set, as the last objective had it, for an optimizer to compare; or None.
     """
 
     def __init__(self) -> None:
         self.kl_gradients: int | None = None
+        self.num_data: int | None = None
         self._fixed: list[_Fixed] = []
         self._always: list[bool] = []
 
