@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.special
 import scipy.stats
 import torch
@@ -83,8 +84,37 @@ def test_a_prediction_scores_and_covers_with_it(case: Any) -> None:
     variances = prediction.variances(likelihood)
     q = [reference(prediction.samples[s, 0, 0].item()) for s in range(2)]
     assert variances.aleatoric[0, 0].item() == pytest.approx(float(q[0].var() + q[1].var()) / 2, rel=1e-5)
-    with pytest.raises(varify.ArgumentError, match="has no closed form: take nll"):
-        prediction.crps(target, likelihood)
+
+
+@pytest.mark.parametrize("spread", [0.3, 8.0])  # of the draws beside the noise
+def test_crps_is_the_integral_of_the_squared_error_of_the_distribution_function(case: Any, spread: float) -> None:
+    likelihood, reference, output, target, discrete = case
+    spread = min(spread, 1.5) if discrete else spread  # of log rates
+    prediction = Prediction(output[:2, 0] + spread * torch.randn(3, 2, dtype=torch.float64))
+    targets = target[:2, 0].clone()
+    targets[0] = 3.0 if discrete else 40.0  # far from all draws
+    for i, y in enumerate(targets.tolist()):
+        # beyond y, where there is a step, and before it; closest at it, and out to where no tail is left
+        away = np.arange(2000.0) if discrete else 0.05 * np.sinh(np.linspace(0, 12, 5001))
+        parts = [reference(draw) for draw in prediction.samples[:, i].tolist()]
+        beyond, before = (sum(np.asarray(q.cdf(x)) for q in parts) / 3 for x in (y + away, y - away))
+        if discrete:
+            expected = ((beyond - 1) ** 2).sum() + (before[1:] ** 2).sum()
+        else:
+            expected = scipy.integrate.trapezoid((beyond - 1) ** 2 + before**2, away)
+        found = Prediction(prediction.samples[:, i : i + 1]).crps(targets[i : i + 1], likelihood).item()
+        assert found == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_crps_of_counts_of_many_values_and_of_none() -> None:
+    likelihood = varify.PoissonLikelihood().double()
+    draws = torch.tensor([[16.0], [16.2]], dtype=torch.float64)  # counts of about ten million
+    found = Prediction(draws).crps(torch.tensor([1.0e7]), likelihood).item()
+    # beside the distance of the draws the noise is nothing: E|X − y| − ½E|X − X'| of two points
+    a, b = draws.exp().flatten().tolist()
+    expected = (abs(a - 1e7) + abs(b - 1e7)) / 2 - abs(a - b) / 4
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert Prediction(draws[:, :0]).crps(torch.zeros(0), likelihood).isnan()  # as of any mean of nothing
 
 
 def test_gradients_are_those_of_finite_differences(case: Any) -> None:

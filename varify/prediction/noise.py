@@ -93,30 +93,3 @@ def quantile(likelihood: Likelihood, samples: Tensor, q: float) -> Tensor:
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     found: Tensor = (low + high) / 2
     return found.round() if other is not None and other.discrete else found
-
-
-def crps(likelihood: Likelihood | None, samples: Tensor, targets: Tensor) -> Tensor:
-    """Continuous ranked probability score by target, `(*batch, ...)`; see `Prediction.crps`.
-
-    Raises:
-        ArgumentError: the noise is not Gaussian, or the targets have another shape.
-    """
-    if isinstance(likelihood, OtherNoise):
-        raise ArgumentError(
-            f"crps with a {type(likelihood).__name__} has no closed form: take nll(targets, likelihood), which suits "
-            "any noise, or crps(targets) of the network's outputs alone"
-        )
-    mean, var = (samples, torch.zeros_like(samples)) if likelihood is None else moments(likelihood, samples)
-    targets = check_targets(targets, mean[0])
-    # a draw at a time: all pairs at once would take n_samples times the memory
-    between = torch.stack([_expected_distance(mean - mean[s], var + var[s]).mean(0) for s in range(len(mean))]).mean(0)
-    return _expected_distance(targets - mean, var).mean(0) - 0.5 * between
-
-
-def _expected_distance(mean: Tensor, var: Tensor) -> Tensor:
-    """E|x| of x ~ N(mean, var)."""
-    std = var.sqrt()
-    z = mean / std.clamp_min(torch.finfo(std.dtype).tiny)
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    found: Tensor = 2 * std * density + mean * (2 * torch.special.ndtr(z) - 1)
-    return found

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varify.errors import ArgumentError, one_of, positive_int
 from varify.prediction import classes, noise, scores
+from varify.prediction.crps import crps
 from varify.prediction.noise import Likelihood
 
 
@@ -256,12 +257,14 @@ class Prediction:
         r"""Continuous ranked probability score, mean over targets, in their units, `()`; lower is better.
 
         $E|Y - y| - \frac12 E|Y - Y'|$ (Gneiting & Raftery 2007, JASA 102, eq. 21) of Y as the draws have it: their
-        outputs, or with a likelihood the mixture of their Gaussians (Grimit et al. 2006, QJRMS 132, eq. 5).
+        outputs, or with a likelihood the mixture of their distributions. Of Gaussians it is exact (Grimit et al. 2006,
+        QJRMS 132, eq. 5), as it is of discrete targets, but for those of thousands of likely values; of other noise it
+        is the integral of the squared error of the distribution function (Matheson & Winkler 1976, eq. 5), to 1e-4.
 
         Raises:
-            ArgumentError: targets of another shape, or a likelihood that is not Gaussian.
+            ArgumentError: targets of another shape.
         """
-        return noise.crps(likelihood, self._precise, targets).mean()
+        return crps(likelihood, self._precise, targets).mean()
 
 
 def _over_inputs(matrices: Tensor) -> Tensor:
