@@ -47,6 +47,7 @@ def named(diagnosis: varify.Diagnosis, name: str) -> varify.Finding:
 ALL = {
     *(
         "not-finite",
+        "not-finite-loss",
         "eval-mode",
         "at-prior",
         "collapsed",
@@ -73,7 +74,7 @@ def test_what_was_not_given_is_not_checked_and_said() -> None:
     assert found.unchecked["kl-dominates"] == "needs a loader or batch and criterion and num_data"
     assert "unknown  equal-draws: needs a loader or batch" in str(found)
     assert set(varify.diagnose(made(), classes()).unchecked) == {
-        *("kl-dominates", "num-data", "summed-criterion", "squared-error", "gradient-noise")
+        *("not-finite-loss", "kl-dominates", "num-data", "summed-criterion", "squared-error", "gradient-noise")
     }
 
 

@@ -169,7 +169,9 @@ def layer_of(vnet: varify.VariationalModule) -> Counting:
 
 
 def test_noise_that_is_written_before_backward_is_told_of() -> None:
-    vnet, noise = varify.variationalize(nn.Linear(3, 2), estimator="weights"), dict[str, Tensor]()
+    vnet, noise = varify.variationalize(nn.Linear(3, 2), estimator="weights"), {}
+    for name, q in vnet.posteriors.items():
+        noise[name] = q.noise()
     with vnet.fixed_draw(noise):
         loss = vnet(torch.randn(4, 3)).sum()
         noise["weight"].normal_()

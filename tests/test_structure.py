@@ -34,6 +34,7 @@ LAYERS = (
         "within",
         "propagation",
         "predicting",
+        "any_network",
         "module",
         "variationalize",
         "objective",

@@ -9,6 +9,7 @@ from varify.analysis.fit_sigma import fit_sigma
 from varify.analysis.fit_temperature import fit_temperature
 from varify.analysis.pruning import prune, pruning_curve
 from varify.analysis.update_prior import update_prior
+from varify.any_network import predict
 from varify.ensembles import load_ensemble
 from varify.errors import (
     ArgumentError,
@@ -36,7 +37,7 @@ from varify.objective.other_likelihoods import (
     PoissonLikelihood,
     StudentTLikelihood,
 )
-from varify.predicting import generate, predict
+from varify.predicting import generate
 from varify.prediction.ensemble import Ensemble
 from varify.prediction.prediction import Prediction
 from varify.propagation.prediction import GaussianPrediction

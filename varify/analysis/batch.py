@@ -1,6 +1,6 @@
 """A batch, flattened to its tensors and split into single data."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from varify.errors import ArgumentError
-from varify.network.arguments import has_length, unpack
+from varify.network.arguments import copied, has_length, unpack
 
 INPUTS, TARGETS = "inputs", "targets"
 HINT = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"
@@ -95,6 +95,12 @@ class Flat:
                 raise ArgumentError(f"{tensor} can't be cut into {size} data, as many as the inputs have; {HINT}")
         entries = [len(x) // size if i in chosen else 0 for i, x in enumerate(self.leaves)]
         return Batch(self.leaves, self.spec, entries, size)
+
+
+def output_of(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the network returns for copies of these tensors, which it may write into, and which other calls see too."""
+    args, kwargs = copied(args, kwargs)
+    return network(*args, **kwargs)
 
 
 def spread(batched: object, tree: object) -> Iterator[bool]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varify.analysis import symptoms  # noqa: F401  # which are added to the checks
+from varify.analysis.checks import CHECKS
 from varify.analysis.evidence import Evidence, FirstBatch, posteriors_of, total_of
 from varify.analysis.findings import Diagnosis, Finding
-from varify.analysis.symptoms import CHECKS
 from varify.errors import ArgumentError, ModelError, positive_int
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded

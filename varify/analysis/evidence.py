@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from varify.analysis.batch import output_of
 from varify.module import VariationalModule
-from varify.network.arguments import copied, has_length, unpack
+from varify.network.arguments import has_length, unpack
 from varify.network.copies import copy_network
 from varify.objective.elbo import scalar
 from varify.weights.posterior import GaussianPosterior
@@ -35,8 +36,7 @@ class FirstBatch(NamedTuple):
 
     def call(self, network: nn.Module) -> Any:
         """What a network returns for it."""
-        args, kwargs = copied(self.args, self.kwargs)
-        return network(*args, **kwargs)
+        return output_of(network, self.args, self.kwargs)
 
 
 def size_of(network: nn.Module, inputs: object) -> int:

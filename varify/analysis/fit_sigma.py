@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
 from varify.analysis import data_of_sigmas
-from varify.analysis.batch import Batch
+from varify.analysis.batch import Batch, output_of
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, PriorError, listed, one_of, positive_int, positive_number
 from varify.module import VariationalModule
-from varify.network.arguments import copied
 from varify.objective.elbo import Criterion, scalar
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
@@ -158,9 +157,9 @@ class _Squares:
         return squares
 
     def _output(self, theta: Weights, one: Any) -> Any:
-        args, kwargs = copied(*one[:2])
+        args, kwargs, _ = one
         views = self._engine.isolated
-        return views.run(lambda network: network(*args, **kwargs), theta, training=False, buffers={})
+        return views.run(lambda network: output_of(network, args, kwargs), theta, training=False, buffers={})
 
     def _loss(self, output: Any, one: Any) -> Tensor:
         return scalar(self._criterion(output, one[2]))

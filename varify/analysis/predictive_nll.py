@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varify.analysis.batch import Batch
+from varify.analysis.batch import Batch, output_of
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError
 from varify.module import VariationalModule
-from varify.network.arguments import copied
 from varify.objective.elbo import Criterion, scalar
 from varify.posteriors import cuda_devices
 from varify.prediction.linearizing import Linearized
@@ -98,8 +97,7 @@ class PredictiveNLL:
         views = self._vnet.engine.isolated
 
         def run(theta: dict[str, Tensor]) -> Any:
-            own, named = copied(args, kwargs)
-            return views.run(lambda network: network(*own, **named), theta, training=False, buffers={})
+            return views.run(lambda network: output_of(network, args, kwargs), theta, training=False, buffers={})
 
         output = Linearized(run, self._means)(theta) if self._linearized else run(theta)
         return scalar(self._criterion(output, targets))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, spread
+from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, output_of, spread
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
-from varify.network.arguments import copied, has_length
+from varify.network.arguments import has_length
 from varify.objective.elbo import Criterion, scalar
 
 # With at most this many tensors of one length, all their combinations are tried: 63.
@@ -182,8 +182,7 @@ class Splitter:
         if self._network is None:
             self._network = self._vnet.sample_model().eval()
         with torch.no_grad():
-            args, kwargs = copied(args, kwargs)
-            return self._network(*args, **kwargs)
+            return output_of(self._network, args, kwargs)
 
 
 def _subsets(indices: list[int]) -> list[Leaves]:

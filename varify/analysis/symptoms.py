@@ -1,14 +1,13 @@
 """The checks of a diagnosis: each from evidence to what it found, in words."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from varify.analysis.checks import Found, check
 from varify.analysis.evidence import Evidence, doubled, floating, share
 from varify.errors import listed
 from varify.network.arguments import has_length
@@ -26,46 +25,6 @@ LEAST_SIGNAL = 1 / 19
 TINY_BATCH = 8
 LEAST_SPREAD = 1e-3  # of the outputs over draws, relative to that over data
 ROUNDING = 1e-3  # relative: losses may be in half precision
-
-
-class Found(NamedTuple):
-    """What a check found; see `Finding`."""
-
-    severity: str
-    message: str
-    figures: Mapping[str, float] = {}
-
-
-Checking = Callable[[Evidence], Found | str]
-
-
-class Check(NamedTuple):
-    """One illness.
-
-    Attributes:
-        name: of the check.
-        needs: fields of the evidence that must be given.
-        of: from evidence to what was found, or to why nothing can be.
-        change: what helps.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    of: Checking
-    change: str
-
-
-CHECKS: list[Check] = []
-
-
-def check(name: str, *needs: str, change: str) -> Callable[[Checking], Checking]:
-    """Add a check, with what it needs and what helps."""
-
-    def register(of: Checking) -> Checking:
-        CHECKS.append(Check(name, needs, of, change))
-        return of
-
-    return register
 
 
 # --- the weights alone
@@ -159,6 +118,8 @@ def _not_finite_loss(e: Evidence) -> Found | str:
     bad = [part for part, tensors in parts.items() if not all(x.isfinite().all() for x in tensors)]
     if math.isfinite(e.trained.nll):
         return Found("fine", "the loss is a finite number")
+    if not all(q.mean.isfinite().all() and q.rho.isfinite().all() for q in e.posteriors.values()):
+        return "the weights are not finite themselves"
     return Found("error", f"the loss is {e.trained.nll}" + (f", and so are some of the {listed(bad)}" if bad else ""))
 
 

@@ -10,7 +10,6 @@ from varify.experiments.data.sets import DATA
 from varify.experiments.errors import SettingsError, nearest
 from varify.experiments.models.networks import ACTIVATIONS, MODELS
 from varify.experiments.spelling import parsed_prior, parsed_schedule
-from varify.priors.registry import names
 
 NETWORKS = ("both", "plain", "variational")
 OPTIMIZERS = ("adam", "ivon")
@@ -39,7 +38,7 @@ class Settings:
     augment: str | None = setting(None, f"random changes of training images, some of {','.join(AUGMENTATIONS)}")
     ood: str = setting("letters", "images of another kind for the AUROC: letters, a data set, a folder")
     prior: str | None = setting(
-        None, f"{', '.join(names())}, with values as in mixtgauss:sigma_1=1,sigma_2=0.01,pi=0.5"
+        None, f"{', '.join(priors.names())}, with values as in mixtgauss:sigma_1=1,sigma_2=0.01,pi=0.5"
     )
     init: str | None = setting(None, "of mu and rho: of_weights, relative, constant, zero_mean, normal, moped")
     where: str | None = setting(None, "glob on parameter names: which are variational")

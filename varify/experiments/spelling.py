@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from varify import VarifyError, priors, schedules
 from varify.experiments.errors import SettingsError, nearest
-from varify.priors.registry import names
 
 # By name: what the number after the colon means, and its default.
 SCHEDULES = {"constant": ("", None), "warm-up": ("share", 0.25), "cyclical": ("cycles", 4.0), "blundell": ("", None)}
@@ -29,7 +28,7 @@ def parsed_prior(text: str) -> priors.Prior:
         return priors.as_prior(name, **hyperparameters)
     except VarifyError as error:
         told = str(error).removeprefix(f"prior {name!r}: ")
-        hint = nearest(name, names()) if told.startswith("unknown") else ""
+        hint = nearest(name, priors.names()) if told.startswith("unknown") else ""
         raise SettingsError(f"prior {text!r}: {told}{hint}") from None
 
 

@@ -6,11 +6,11 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from varify.any_network import predict
 from varify.errors import ArgumentError
 from varify.network.arguments import unpack
 from varify.objective.elbo import ELBO, Criterion, parameter_groups
 from varify.objective.schedules import Schedule
-from varify.predicting import predict
 from varify.within import required_parts
 
 

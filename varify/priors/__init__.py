@@ -4,7 +4,7 @@ from varify.priors.conjugate import Conjugate, ConjugateKnownMean
 from varify.priors.distribution import Factorized
 from varify.priors.gaussian import Gaussian
 from varify.priors.mixture import ScaleMixture
-from varify.priors.registry import PriorLike, as_prior, register
+from varify.priors.registry import PriorLike, as_prior, names, register
 from varify.weights.prior import Prior
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "PriorLike",
     "ScaleMixture",
     "as_prior",
+    "names",
     "register",
 ]
