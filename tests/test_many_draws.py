@@ -134,6 +134,28 @@ def test_a_deterministic_body_runs_once_for_all_draws_of_a_head() -> None:
     torch.testing.assert_close(prediction.samples, vnet.predict(x, n_samples=100, seed=0, vectorize=False).samples)
 
 
+class Itself(nn.Module):
+    """Returns its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight
+
+
+@pytest.mark.parametrize("network", [Itself(), nn.Linear(3, 2)])
+def test_samples_have_memory_of_their_own(network: nn.Module) -> None:
+    ensemble, x = varify.variationalize(network).ensemble(4, seed=0), torch.ones(2, 3)
+    first = ensemble.predict(x, vectorize=True)
+    assert first.vectorized
+    assert first.samples.is_contiguous()
+    expected = first.samples.clone()
+    first.samples.zero_()
+    assert torch.equal(ensemble.predict(x, vectorize=True).samples, expected)
+
+
 def values_of(x: Tensor) -> Tensor:
     """In a vectorized call, those of all draws."""
     functorch = torch._C._functorch

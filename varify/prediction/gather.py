@@ -12,11 +12,15 @@ from torch.utils import _pytree as pytree
 from varify.prediction.prediction import Prediction
 
 
-def gather(draws: Sequence[Any], outputs: str = "logits", class_dim: int = -1, vectorized: bool = False) -> Any:
-    """The `Prediction` of several outputs of one network; of structured ones, leaf by leaf.
+def gather(
+    draws: Sequence[Any] | Tensor, outputs: str = "logits", class_dim: int = -1, vectorized: bool = False
+) -> Any:
+    """The `Prediction` of several outputs of one network, or of these stacked; of structured ones, leaf by leaf.
 
     A leaf that is no tensor is taken from the first draw. Of a nested tensor, each of its tensors is a leaf.
     """
+    if isinstance(draws, Tensor):
+        return Prediction(draws, outputs, class_dim, vectorized)
     if isinstance(draws[0], Tensor):
         return _gather_leaf(draws, outputs, class_dim, vectorized)
     leaves, spec = pytree.tree_flatten(draws[0], is_leaf=_is_packed)

@@ -1,6 +1,6 @@
 """Many draws of one network, sequentially or vectorized, with the same weights either way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -62,13 +62,13 @@ class Draws(NamedTuple):
     """What `many` returns.
 
     Attributes:
-        outputs: by draw, in order.
+        outputs: by draw, in order; stacked, if they are tensors that came so.
         vectorized: whether they ran vectorized.
         cost: of a draw, if it was found out here.
         fails: whether the draws were seen not to run vectorized, though the network keeps no tensors of a call.
     """
 
-    outputs: list[Any]
+    outputs: Sequence[Any] | Tensor
     vectorized: bool
     cost: Cost | None
     fails: bool
@@ -97,14 +97,14 @@ def many(
         certain: where not the draws alone are random, `run` without what else is, so that outputs can be compared.
     """
     randomness = "error" if certain is None else "different"
-    outputs: list[Any] = []
+    chunks: list[list[Any] | Tensor] = []
     alone: list[Any] = []
     found: Cost | None = None
     fails = False
     at_once = n_samples
     way = n_samples > 1 and vectorize is not False
-    while len(outputs) < n_samples:
-        draws = source.take(min(n_samples - len(outputs), max(1, CHUNK_BYTES // max(1, source.bytes))))
+    while (missing := n_samples - sum(map(len, chunks))) > 0:
+        draws = source.take(min(missing, max(1, CHUNK_BYTES // max(1, source.bytes))))
         number = draws.number if isinstance(draws, Stack) else len(draws)
         if way and cost is None:
             # a first call must have the draws that a later one has
@@ -118,7 +118,7 @@ def many(
             end = min(number, done + min(at_once, source.at_once(cost)))
             try:
                 chunk = draws.part(done, end) if isinstance(draws, Stack) else Stack.of(draws[done:end])
-                outputs += run_vectorized(run, chunk, randomness)[0]
+                chunks.append(run_vectorized(run, chunk, randomness)[0])
                 alone, done = [], end
             except torch.OutOfMemoryError:
                 if end - done == 1:
@@ -126,8 +126,16 @@ def many(
                 at_once = max(1, (end - done) // 2)
             except Exception:  # a size at which it fails, or an error of the user's, which the loop raises again
                 way, found, fails = False, None, True
-        outputs += [alone.pop() if alone else run(_one(draws, i)) for i in range(done, number)]
-    return Draws(outputs, way, found, fails)
+        if done < number:
+            chunks.append([alone.pop() if alone else run(_one(draws, i)) for i in range(done, number)])
+    return Draws(_joined(chunks), way, found, fails)
+
+
+def _joined(chunks: list[list[Any] | Tensor]) -> Sequence[Any] | Tensor:
+    stacked = [chunk for chunk in chunks if isinstance(chunk, Tensor)]
+    if len(stacked) == len(chunks):
+        return stacked[0] if len(stacked) == 1 else torch.cat(stacked)
+    return [output for chunk in chunks for output in chunk]
 
 
 def _one(draws: list[Theta] | Stack, i: int) -> Theta:

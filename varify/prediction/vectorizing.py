@@ -207,8 +207,8 @@ class Stack(NamedTuple):
 
 def run_vectorized(
     run: Callable[[Theta], Any], draws: Stack, randomness: str = "error", *, counts: bool = False
-) -> tuple[list[Any], Cost]:
-    """The output for each draw, and what one costs.
+) -> tuple[list[Any] | Tensor, Cost]:
+    """The output for each draw, stacked if it is one tensor, and what one costs.
 
     Args:
         run: from one draw to the network's output.
@@ -234,13 +234,21 @@ def run_vectorized(
     if watching.any_alive(columns, _FUNCTORCH.is_functorch_wrapped_tensor):
         raise RuntimeError("the network stores a tensor of the call")
     leaves, spec = template
-    if spec.is_leaf() and columns:  # the same as below, in no time for a thousand draws
-        return list(columns[0].unbind()), watching.cost
+    if spec.is_leaf() and columns:
+        return _of_its_own(columns[0], draws), watching.cost
     outputs = []
     for row in zip(*columns, strict=True):
         values = iter(row)
         outputs.append(pytree.tree_unflatten([next(values) if leaf is _TensorLeaf else leaf for leaf in leaves], spec))
     return outputs, watching.cost
+
+
+def _of_its_own(column: Tensor, draws: Stack) -> Tensor:
+    """What a network returned, but copied if that is a weight: draws may be used again."""
+    if _FUNCTORCH.is_functorch_wrapped_tensor(column):
+        return column.clone()
+    kept = {tensor.untyped_storage().data_ptr() for tensor in draws.tensors.values()}
+    return column.clone() if column.untyped_storage().data_ptr() in kept else column.contiguous()
 
 
 def _bytes(tensors: list[Tensor]) -> int:

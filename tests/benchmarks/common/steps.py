@@ -59,8 +59,10 @@ def with_varify(work: Workload, estimator: str, optimizer: str = "adam", compile
 
     def step() -> None:
         chosen.zero_grad()
-        loss, nll = objective()
-        (loss if optimizer == "adam" else nll).backward()
+        if optimizer == "adam":
+            objective()[0].backward()
+        else:  # IVON needs no divergence
+            work.criterion(vnet(*work.inputs), work.targets).backward()
         chosen.step()
 
     return step
