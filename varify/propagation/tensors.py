@@ -64,7 +64,7 @@ class UncertainTensor(Tensor):
             return args[0].shape[0]
         rule = find_rule(func)
         if rule is not None:
-            return _wrapped(_called(rule, func, args, kwargs), args)
+            return _wrapped(_called(rule, func, args, kwargs), _uncertain((args, kwargs)))
         inner = inside(func)
         if inner is not None:
             return inner(*args, **kwargs)
@@ -101,17 +101,21 @@ def _called(rule: Callable[..., Any], func: object, args: tuple[Any, ...], kwarg
         raise _refused(func, f"its rule does not take these arguments ({error})") from error
 
 
-def _wrapped(result: object, args: tuple[Any, ...]) -> Any:
+def _uncertain(arguments: object) -> list[UncertainTensor]:
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, UncertainTensor)]
+
+
+def _wrapped(result: object, sources: list[UncertainTensor]) -> Any:
     """The result as a tensor for the user's code; notes which tensors have the same memory."""
     if isinstance(result, (list, tuple)):
-        return type(result)([_wrapped(item, args) for item in result])
+        return type(result)([_wrapped(item, sources) for item in result])
     if not isinstance(result, Uncertain):
         return result
-    sources = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, UncertainTensor)]
     for source in sources:
         if result is source.gaussian:  # the operation did nothing, such as dropout in eval mode
             return source
-    new = UncertainTensor(result)
+    # a variance that a rule has expanded, unlike the mean, is one number for several elements
+    new = UncertainTensor(result, owns=0 not in result.var.stride() or 0 in result.mean.stride())
     for source in sources:
         alike = [_memory(a) == _memory(b) for a, b in zip(_both(result), _both(source.gaussian), strict=True)]
         if all(alike):
@@ -138,7 +142,7 @@ def _in_place(func: object, name: str, args: tuple[Any, ...], kwargs: Mapping[st
     if name == "__setitem__":
         result = _with_item(target.gaussian, args[1], gaussians_of(args[2]))
     else:
-        plain = getattr(Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
+        plain = next((getattr(at, name[:-1]) for at in (Tensor, torch, torch._C._nn) if hasattr(at, name[:-1])), None)
         rule = find_rule(name[:-1])
         if rule is None or plain is None:
             raise _refused(func, "it has no rule")
@@ -146,7 +150,10 @@ def _in_place(func: object, name: str, args: tuple[Any, ...], kwargs: Mapping[st
         if result.mean.shape != target.shape or result.mean.dtype != target.dtype:
             raise _refused(func, "it would change a tensor's shape or type in place: make a new tensor instead")
     if not target.shares:
-        target.gaussian, target.owns = result, True
+        # a rule may hand on the memory of an argument, such as the variance of x in x + 1, which may be a parameter's
+        used = {_memory(t) for source in _uncertain((args, kwargs)) for t in _both(source.gaussian)}
+        target.gaussian = Uncertain(*(t.clone() if _memory(t) in used else t for t in _both(result)))
+        target.owns = True
         return target
     # what it is a view of, or a view of it, must see the result too
     if not target.owns:
