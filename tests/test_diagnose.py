@@ -404,7 +404,7 @@ def test_a_diagnosis_is_text_and_html() -> None:
     found = diagnosed(made().eval(), num_data=16, beta=0.01)
     assert found.names == ["num-data", "eval-mode"]  # worst first
     lines = str(found).splitlines()
-    assert lines[0] == "Sequential: errors 1, warnings 1, fine 9, unknown 0"
+    assert lines[0] == "Sequential: errors 1, warnings 1, fine 10, unknown 0"
     assert lines[1].startswith("error    num-data: num_data=16, the size of the batch")
     assert lines[2].startswith("         -> divide the KL by the size of the training set")
     assert repr(found) == str(found)

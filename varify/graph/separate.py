@@ -9,6 +9,7 @@ from torch import nn
 from varify.graph.planning import Decision
 from varify.graph.standins import Unforeseen
 from varify.graph.used_once import UsedOnce, certain_posterior, exact_decisions, number_of_examples
+from varify.network.arguments import copied
 from varify.network.signature import call_signature
 from varify.network.view import Views
 from varify.posteriors import Posteriors
@@ -63,7 +64,7 @@ class SeparateSampler(Sampler):
             check_arguments(self._views.network, args, kwargs)  # whose errors come before the network's
             if len(self._decisions) >= MOST_SHAPES:
                 self._decisions.clear()
-            self._decisions[key] = exact_decisions(self._posteriors, self._views, args, kwargs)
+            self._decisions[key] = exact_decisions(self._posteriors, self._views, *copied(args, kwargs))
         return self._decisions[key]
 
     def separate_outputs(

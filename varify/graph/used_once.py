@@ -13,7 +13,6 @@ from varify.graph.planning import Decision, is_once
 from varify.graph.plans import Plan, in_transform, record
 from varify.graph.recording import placeholders
 from varify.graph.standins import EstimatedParameter
-from varify.network.arguments import copied
 from varify.network.view import Views
 from varify.posteriors import Posteriors, cuda_devices
 from varify.weights.moments import Examples
@@ -42,7 +41,6 @@ def exact_decisions(
     """
     if in_transform():  # of torch.func, where the values of tensors are not known
         return {}
-    args, kwargs = copied(args, kwargs)
     inputs = placeholders(args, kwargs)
 
     def recorded(network: nn.Module) -> Any:
