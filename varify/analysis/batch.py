@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from varify.errors import ArgumentError
-from varify.network.arguments import copied, has_length, unpack
+from varify.network.arguments import has_length, unpack
+from varify.network.signature import copied
 
 INPUTS, TARGETS = "inputs", "targets"
 HINT = "say batched=..., booleans in the structure of (inputs, targets), True for what has an entry for each datum"

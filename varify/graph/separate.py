@@ -9,8 +9,7 @@ from torch import nn
 from varify.graph.planning import Decision
 from varify.graph.standins import Unforeseen
 from varify.graph.used_once import UsedOnce, certain_posterior, exact_decisions, number_of_examples
-from varify.network.arguments import copied
-from varify.network.signature import call_signature
+from varify.network.signature import call_signature, copied
 from varify.network.view import Views
 from varify.posteriors import Posteriors
 from varify.prediction.many import Draws

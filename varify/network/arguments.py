@@ -68,14 +68,6 @@ def fewest(args: Sequence[Any], kwargs: Mapping[str, Any], targets: object) -> i
     return min(lengths, default=None)
 
 
-def copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-    """The arguments with copies of their tensors, for one of several calls: a forward may write into its inputs."""
-    tensors = {id(x): x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)}
-    copies = {key: x.clone() for key, x in tensors.items()}  # one that is given twice stays one
-    found: Arguments = pytree.tree_map(lambda x: copies.get(id(x), x), (tuple(args), dict(kwargs)))
-    return found
-
-
 def has_length(x: object) -> bool:
     """Whether it is a tensor with a first dimension."""
     return isinstance(x, Tensor) and x.dim() > 0

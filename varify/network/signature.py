@@ -1,7 +1,7 @@
-"""The signature of a call, which is the key of cached plans; and whether a network has hooks."""
+"""The signature of a call, which is the key of cached plans; copies of its inputs; and whether a network has hooks."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,3 +41,13 @@ def has_hooks(network: nn.Module) -> bool:
 
 def _module_of(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with copies of their tensors, for one of several calls: a forward may write into its inputs."""
+    tensors = {id(x): x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)}
+    copies = {key: x.clone() for key, x in tensors.items()}  # one that is given twice stays one
+    found: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_map(
+        lambda x: copies.get(id(x), x), (tuple(args), dict(kwargs))
+    )
+    return found

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from varify.errors import ArgumentError, VarifyWarning, one_of, positive_int
 from varify.module import VariationalModule
-from varify.network.arguments import copied, fewest, unpack
+from varify.network.arguments import fewest, unpack
+from varify.network.signature import copied
 from varify.objective.schedules import Schedule
 from varify.within import learns_undrawn, pairs_draws, prior_loss, required_parts, sharing_sigma, variational_parts
 

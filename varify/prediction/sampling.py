@@ -10,9 +10,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from varify.errors import ArgumentError, positive_int
-from varify.network.arguments import copied
 from varify.network.parameters import Slot
-from varify.network.signature import call_signature, has_hooks, takes
+from varify.network.signature import call_signature, copied, has_hooks, takes
 from varify.network.view import Views
 from varify.prediction.linearizing import Linearized
 from varify.prediction.many import Draws, Source, many
