@@ -15,7 +15,7 @@ from varify.graph.recording import placeholders
 from varify.graph.reruns import hidden_from_checkpoints, may_run_again
 from varify.graph.rewriting import refuse
 from varify.graph.separate import SeparateSampler
-from varify.network.signature import call_signature
+from varify.network.signature import call_signature, copied
 from varify.network.view import Views
 from varify.posteriors import Posteriors, cuda_devices
 
@@ -104,6 +104,7 @@ class Engine:
             The record and its plan.
         """
         posteriors, settings = self.posteriors.now(), self.posteriors.settings
+        args, kwargs = copied(args, kwargs)
         inputs, call = placeholders(args, kwargs), _call(args, kwargs)
         with torch.random.fork_rng(cuda_devices(posteriors)):
             _, new = self.isolated.run(

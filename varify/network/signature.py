@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -45,9 +46,10 @@ def _module_of(hook: object) -> str:
 
 def copied(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with copies of their tensors, for one of several calls: a forward may write into its inputs."""
-    tensors = {id(x): x for x in pytree.tree_leaves((tuple(args), dict(kwargs))) if isinstance(x, Tensor)}
+    given = tuple(args), dict(kwargs)
+    if torch.compiler.is_compiling():  # which makes of a written input a new one, and knows no ids
+        return given
+    tensors = {id(x): x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)}
     copies = {key: x.clone() for key, x in tensors.items()}  # one that is given twice stays one
-    found: tuple[tuple[Any, ...], Mapping[str, Any]] = pytree.tree_map(
-        lambda x: copies.get(id(x), x), (tuple(args), dict(kwargs))
-    )
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(lambda x: copies.get(id(x), x), given)
     return found

@@ -140,17 +140,25 @@ class ELBO:
 
     def _outputs(self, vnet: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
         """The outputs of `n_samples` forwards, one after another, in pairs of opposite noise."""
+        if self.n_samples == 1:
+            yield vnet(*args, **kwargs)
+            return
+
+        def output() -> Any:
+            own, named = copied(args, kwargs)
+            return vnet(*own, **named)
+
         paired = self.n_samples // 2 if pairs_draws(vnet) else 0
         for _ in range(paired):
             noise: dict[str, Tensor] = {}
-            for mirrored in (False, True):
-                own, named = copied(args, kwargs)
-                with vnet.drawing.fixed({k: -eps for k, eps in noise.items()} if mirrored else noise):  # type: ignore[union-attr, operator]
-                    output = vnet(*own, **named)
-                yield output
+            with vnet.drawing.fixed(noise):  # type: ignore[union-attr, operator]
+                first = output()
+            yield first
+            with vnet.drawing.fixed({name: -eps for name, eps in noise.items()}):  # type: ignore[union-attr, operator]
+                second = output()
+            yield second
         for _ in range(self.n_samples - 2 * paired):
-            own, named = (args, kwargs) if self.n_samples == 1 else copied(args, kwargs)
-            yield vnet(*own, **named)
+            yield output()
 
     def _warn_of_eval_mode(self, vnet: nn.Module) -> None:
         # the other bound draws in eval mode as well; a compiled function has no place for warnings
