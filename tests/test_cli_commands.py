@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import varify
+from varify.analysis.symptoms import CHECKS
 from varify.experiments.cli import parsers, run
 from varify.experiments.commands import COMMANDS
 from varify.experiments.opened import open_run
@@ -143,11 +144,11 @@ def test_mdl_adds_up(trained: Path, capsys: pytest.CaptureFixture) -> None:
     assert "1,348 data" in capsys.readouterr().out
 
 
-def test_diagnose_says_what_it_checked(trained: Path, capsys: pytest.CaptureFixture) -> None:
+def test_diagnose_says_what_it_checked_and_a_run_with_the_defaults_has_nothing(
+    trained: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert run(["diagnose", str(trained)]) == 0
-    told = capsys.readouterr().out
-    assert "LeNet: errors" in told
-    assert "unknown 0" in told
+    assert f"LeNet: errors 0, warnings 0, fine {len(CHECKS)}, unknown 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["uncertainty", "prune", "mdl", "diagnose", "plot"])

@@ -17,7 +17,9 @@ from varify.weights.posterior import GaussianPosterior
 from varify.within import learns_undrawn
 
 MOSTLY = 0.5  # a share from which on the prior has the loss, or the weights
-LEAST_LEARNED = 0.01  # of the nll: what having the data's own targets, and not others', makes it less
+# Of the nll, what having the data's own targets, and not others', makes it less: below the one nothing was learned,
+# above the other it was.
+LEAST_LEARNED, LEARNED = 0.01, 0.5
 COLLAPSED = 1e-3  # sigma relative to what a weight could be
 MANY_COLLAPSED = 0.1
 # Adam's beta1 = 0.9 averages (1 + beta1)/(1 - beta1) = 19 gradients: below 1/19 a step is more noise than signal.
@@ -143,9 +145,11 @@ def _kl_dominates(e: Evidence) -> Found | str:
     if part >= MOSTLY and learned is not None:
         message += f" (by {learned:.2g} of that less than with targets of other data)"
         figures["learned"] = learned
-    # A network may have learned under a prior that has most of the loss, of which a part is the same for all weights.
-    ill = "warning" if learned is None or learned > LEAST_LEARNED else "error"
-    return Found(ill if part >= MOSTLY else "fine", message, figures)
+    if part < MOSTLY or (learned is not None and learned > LEARNED):
+        # Even tempered, the KL of many weights is most of the loss once the nll is small: most of it is the same for
+        # all means, and weighs nothing against learning.
+        return Found("fine", message, figures)
+    return Found("warning" if learned is None or learned > LEAST_LEARNED else "error", message, figures)
 
 
 @check(
