@@ -14,6 +14,7 @@ from varify.analysis.symptoms import CHECKS
 from varify.experiments.cli import parsers, run
 from varify.experiments.commands import COMMANDS
 from varify.experiments.opened import open_run
+from varify.experiments.runs import FORMAT
 from varify.experiments.settings import Settings
 from varify.experiments.uncertainty import uncertainty_of
 
@@ -168,10 +169,16 @@ def test_what_a_command_is_given_wrongly_is_one_line(
 ) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
-    (unfinished / "settings.toml").write_bytes((trained / "settings.toml").read_bytes())
+    settings = (trained / "settings.toml").read_text()
+    (unfinished / "settings.toml").write_text(settings)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "metrics.json").write_bytes((trained / "metrics.json").read_bytes())
+    (foreign / "settings.toml").write_text(settings.replace(f"format = {FORMAT}", "format = 1"))
     cases = {
         ("compare", str(unfinished)): f"go on with: varify train --resume {unfinished}",
         ("compare", str(tmp_path)): "is no run folder",
+        ("compare", str(foreign)): f"{foreign} was made by varify",
         ("compare",): "the following arguments are required: RUN",
         ("uncertainty", str(trained), "--ood", "leters"): "did you mean 'letters'?",
         ("uncertainty", str(trained), "--ood", str(tmp_path)): "has no images",

@@ -109,11 +109,11 @@ class Run:
         """What `metrics.json` says.
 
         Raises:
-            RunError: the run has not ended, or the file is damaged.
+            RunError: the run has not ended, is of another version, or the file is damaged.
         """
         path = self.folder / "metrics.json"
+        self.settings()  # which says it, if this is no run folder at all, or one of another version
         if not path.is_file():
-            self.settings()  # which says it, if this is no run folder at all
             raise RunError(f"{self.folder} has not ended; go on with: varify train --resume {self.folder}")
         try:
             report: dict[str, Any] = json.loads(path.read_text())
