@@ -39,6 +39,18 @@ def moments(likelihood: Likelihood, samples: Tensor) -> tuple[Tensor, Tensor]:
     return mean.detach(), var.detach()
 
 
+def added(likelihood: Likelihood, samples: Tensor) -> Tensor | None:
+    """The noise's variance where a target is the output plus noise that no output changes; None elsewhere.
+
+    Args:
+        likelihood: asked for the moments of each draw.
+        samples: `(n_samples, *batch, ...)`.
+    """
+    mean, var = moments(likelihood, samples)
+    is_output = mean.shape == samples.shape and torch.equal(mean, samples.to(mean.dtype))
+    return var[0] if is_output and torch.equal(var, var[:1].expand_as(var)) else None
+
+
 def check_targets(targets: Tensor, like: Tensor) -> Tensor:
     """The targets beside `like`, which is of an output.
 
