@@ -167,7 +167,7 @@ def test_parts_that_can_not_be_are_refused(tmp_path: Path) -> None:
         varify.save(nested, tmp_path / "a.safetensors", only="trained")
     assert not list(tmp_path.iterdir())
     varify.save(vnet, tmp_path / "a.safetensors", only="trained")
-    with pytest.raises(varify.StructureError, match="are variational; this Peft"):
+    with pytest.raises(varify.StructureError, match=r"this Peft.* has no "):
         varify.load(tmp_path / "a.safetensors", language_model())
 
 

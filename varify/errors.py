@@ -112,7 +112,7 @@ def positive_number(name: str, value: object, error: type[VarifyError] = Argumen
     return number
 
 
-def one_of(name: str, value: object, options: Iterable[str]) -> None:
+def one_of(name: str, value: object, options: Iterable[object]) -> None:
     """Check an argument that has a few values.
 
     Raises:

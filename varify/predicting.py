@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varify.errors import ArgumentError, ModelError, nonnegative_int, positive_int
+from varify.errors import ArgumentError, ModelError, nonnegative_int, one_of, positive_int
 from varify.network.sharding import gathered, refuse_sharded
 from varify.posteriors import cuda_devices
 from varify.prediction.ensemble import MEMORY, Ensemble
@@ -64,9 +64,11 @@ class Predicting(nn.Module):
             for a nested tensor, a tuple of them.
 
         Raises:
-            ArgumentError: n_samples is no positive integer; linearized, and an operation has no derivative; a loader
-                in the place of inputs.
+            ArgumentError: n_samples is no positive integer; joint, linearized or gradients is no boolean; linearized,
+                and an operation has no derivative; a loader in the place of inputs.
         """
+        for name, flag in (("joint", joint), ("linearized", linearized), ("gradients", gradients)):
+            one_of(name, flag, (True, False))
         vnet: Any = self
         within: Any = nullcontext()
         if seed is not None:

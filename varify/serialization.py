@@ -254,14 +254,14 @@ def _umask() -> int:
 
 
 def _check(model: nn.Module, state: Mapping[str, Any], chosen: list[str], network: str) -> None:
-    found = first_slots(model)
-    wrong = [
-        f"{name} {tuple(state[f'module.{name}'].shape)}"
-        for name in chosen
-        if name not in found or found[name].parameter.shape != state[f"module.{name}"].shape
-    ]
-    if wrong:
-        raise StructureError(
-            f"the file is of a {network} in which {listed(wrong)} are variational; this {type(model).__name__} has no "
-            "such parameters: give load a plain network made as the one that was converted"
+    here = {name: tuple(slot.parameter.shape) for name, slot in first_slots(model).items()}
+    there = {name: tuple(state[f"module.{name}"].shape) for name in chosen}
+    missing = [f"{name} {shape}" for name, shape in there.items() if name not in here]
+    if missing:
+        told = f"the file is of a {network}, and this {type(model).__name__} has no {listed(missing)}"
+    else:
+        told = listed(
+            f"{name} is {here[name]} here, {shape} in the file" for name, shape in there.items() if here[name] != shape
         )
+    if missing or here | there != here:
+        raise StructureError(f"{told}: give load a plain network made as the one that was converted")

@@ -14,7 +14,7 @@ from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
 from varify.network.arguments import unpack
-from varify.objective.elbo import Criterion, scalar
+from varify.objective.elbo import Criterion, loss_of
 from varify.predicting import outputs_of_draws
 from varify.within import check_variational
 
@@ -82,7 +82,7 @@ def description_length(
         args, kwargs = unpack(inputs, vnet)
         size = splitter.size(inputs, targets)
         outputs = outputs_of_draws(vnet, args, kwargs, n_samples, vectorize=False).outputs
-        losses = [scalar(criterion(output, targets)) for output in outputs]
+        losses = [loss_of(criterion, output, targets) for output in outputs]
         nats += size * float(torch.stack(losses).mean())
         num_data += size
     if not num_data:

@@ -17,7 +17,7 @@ from varify.analysis.findings import Diagnosis, Finding
 from varify.errors import ArgumentError, ModelError, positive_int
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded
-from varify.objective.elbo import Criterion, kl_weight
+from varify.objective.elbo import Criterion, check_criterion, kl_weight
 from varify.posteriors import cuda_devices
 from varify.within import variational_parts
 
@@ -62,8 +62,8 @@ def diagnose(
         beta = 1.0 if num_data is None else kl_weight(network, num_data)
     if isinstance(beta, bool) or not isinstance(beta, (Real, Tensor)) or not 0 <= float(beta) < math.inf:
         raise ArgumentError(f"beta must be 'auto' or a number of at least 0, such as elbo.beta, got {beta!r}")
-    if criterion is not None and not callable(criterion):
-        raise ArgumentError(f"criterion must be a function of (output, targets), got {criterion!r}")
+    if criterion is not None:
+        check_criterion(criterion)
     with _random_numbers_kept(network, loader):
         given = _first_batch(network, loader, batch)
         criterion = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion

@@ -12,7 +12,7 @@ from varify.analysis.batch import Batch, output_of
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, PriorError, listed, one_of, positive_int, positive_number
 from varify.module import VariationalModule
-from varify.objective.elbo import Criterion, scalar
+from varify.objective.elbo import Criterion, loss_of
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.posterior import GaussianPosterior, softplus_inverse
 from varify.within import check_variational, means_of
@@ -162,7 +162,7 @@ class _Squares:
         return views.run(lambda network: output_of(network, args, kwargs), theta, training=False, buffers={})
 
     def _loss(self, output: Any, one: Any) -> Tensor:
-        return scalar(self._criterion(output, one[2]))
+        return loss_of(self._criterion, output, one[2])
 
     def _roots(self, output: object, one: object) -> Tensor:
         """The columns of L, with H = L Lᵀ the Hessian of the loss, so that diag(Jᵀ H J) sums squares of Jᵀ L's rows."""

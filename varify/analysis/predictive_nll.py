@@ -12,7 +12,7 @@ from varify.analysis.batch import Batch, output_of
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError
 from varify.module import VariationalModule
-from varify.objective.elbo import Criterion, scalar
+from varify.objective.elbo import Criterion, loss_of
 from varify.posteriors import cuda_devices
 from varify.prediction.linearizing import Linearized
 from varify.prediction.vectorizing import vectorized, watched
@@ -100,4 +100,4 @@ class PredictiveNLL:
             return views.run(lambda network: output_of(network, args, kwargs), theta, training=False, buffers={})
 
         output = Linearized(run, self._means)(theta) if self._linearized else run(theta)
-        return scalar(self._criterion(output, targets))
+        return loss_of(self._criterion, output, targets)

@@ -13,7 +13,7 @@ from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, ou
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
 from varify.network.arguments import has_length
-from varify.objective.elbo import Criterion, scalar
+from varify.objective.elbo import Criterion, check_criterion, loss_of
 
 # With at most this many tensors of one length, all their combinations are tried: 63.
 MOST_TRIED = 6
@@ -38,6 +38,7 @@ class Splitter:
     """
 
     def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: object) -> None:
+        check_criterion(criterion)
         self._vnet, self._loader, self._criterion, self._batched = vnet, loader, criterion, batched
         self._found: dict[Any, Leaves] = {}
         batch_dim = vnet.posteriors.settings.batch_dim
@@ -176,7 +177,7 @@ class Splitter:
         args, kwargs, targets = batch
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a wrong guess leaves targets whole, and losses warn of their shape
-            return scalar(self._criterion(self._run(args, kwargs), targets))
+            return loss_of(self._criterion, self._run(args, kwargs), targets)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._network is None:

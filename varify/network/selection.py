@@ -14,6 +14,7 @@ from varify.network.parameters import Slot, first_slots, is_variational
 # The type of `where` in `variationalize`: a glob on names, several, a predicate (name, parameter, owner), or None.
 WhereLike = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool] | None
 T = TypeVar("T")
+ON_META = "on the meta device"
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # "Norm" as a word of a class name in CamelCase or snake_case, or after "layer", "batch", ...: not "Abnormality".
 _NORM_WORD = re.compile(
@@ -129,7 +130,7 @@ def _impossible(slot: Slot) -> str | None:
     if getattr(slot.owner, "sparse", False) is True:
         return "sparse gradients"
     if parameter.is_meta:
-        return "on the meta device"
+        return ON_META
     if parameter.layout is not torch.strided:
         return "sparse"
     if parameter.is_complex():
@@ -169,6 +170,8 @@ def _not_selected(slot: Slot, where: Any) -> str | None:
 def _nothing_chosen(where: WhereLike, skipped: dict[str, str]) -> str:
     if not skipped:
         return "the model has no parameters, so there is nothing to make variational"
+    if set(skipped.values()) & {ON_META} and set(skipped.values()) <= {ON_META, "not chosen"}:
+        return "the parameters are on the meta device: load them or call to_empty(device=...) first, then convert"
     reasons = listed(f"{name} ({why})" for name, why in skipped.items())
     if where is None:
         return f"no parameter can be made variational by default; say where=... to choose from {reasons}"

@@ -112,10 +112,11 @@ class ELBO:
 
         Raises:
             ModelError: nothing in `vnet` is variational.
-            ArgumentError: the criterion returns no scalar, the batch is larger than num_data, or the inputs are a list
-                that may be one argument or several.
+            ArgumentError: the criterion is no function or returns no scalar, the batch is larger than num_data, or the
+                inputs are a list that may be one argument or several.
         """
         parts = required_parts(vnet)
+        check_criterion(criterion)
         args, kwargs = unpack(inputs, vnet)
         batch = fewest(args, kwargs, targets)
         if batch is not None and batch > self.num_data:
@@ -130,7 +131,7 @@ class ELBO:
             with sharing_sigma(vnet):
                 # First, so that backward comes to it last, when the draws and their noise are freed already.
                 kl = prior_loss(vnet)
-                nlls = [scalar(criterion(output, targets)) for output in self._outputs(vnet, args, kwargs)]
+                nlls = [loss_of(criterion, output, targets) for output in self._outputs(vnet, args, kwargs)]
             nll = torch.stack(nlls).mean()
             terms = Terms(nll + beta * kl / self.num_data, nll, kl)
         else:
@@ -192,7 +193,7 @@ class ELBO:
                 for part, noise in drawn:
                     stack.enter_context(part.drawing.fixed(noise))
                 own, named = copied(args, kwargs)
-                nlls.append(scalar(criterion(vnet(*own, **named), targets)))
+                nlls.append(loss_of(criterion, vnet(*own, **named), targets))
             ratios = [q.log_ratio(noise[name]) for part, noise in drawn for name, q in part.posteriors.items()]
             log_ratios.append(torch.stack([ratio.to(ratios[0].device) for ratio in ratios]).sum())
         nll, log_ratio = torch.stack(nlls), torch.stack(log_ratios)
@@ -218,6 +219,41 @@ def kl_weight(network: nn.Module, num_data: int) -> float:
     """
     weights: int = sum(rho.numel() for part in required_parts(network) for rho in part.rho.parameters())
     return min(1.0, positive_int("num_data", num_data) / (10 * max(weights, 1)))
+
+
+def check_criterion(criterion: object) -> None:
+    """Check what is to be called with an output and targets.
+
+    Raises:
+        ArgumentError: it is a class, or can't be called.
+    """
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise ArgumentError(f"the criterion {name} is a class: pass an instance, {name}()")
+    if not callable(criterion):
+        what = repr(criterion) if isinstance(criterion, (str, int, float)) else f"a {type(criterion).__name__}"
+        raise ArgumentError(
+            f"the criterion must be a function of (output, targets), such as F.cross_entropy, got {what}; "
+            "see the order of the arguments"
+        )
+
+
+def loss_of(criterion: Criterion, output: object, targets: object) -> Tensor:
+    """The criterion's value, checked.
+
+    Raises:
+        ArgumentError: it is no scalar tensor, or a TypeError because the output is a structure with logits.
+    """
+    try:
+        loss = criterion(output, targets)
+    except TypeError as error:
+        if isinstance(output, Tensor) or not hasattr(output, "logits"):
+            raise
+        raise ArgumentError(
+            f"the criterion raised {type(error).__name__}, and the network returns a {type(output).__name__}: "
+            "criterion=lambda output, y: F.cross_entropy(output.logits, y) takes the logits out of it"
+        ) from error
+    return scalar(loss)
 
 
 def scalar(loss: object) -> Tensor:

@@ -1,10 +1,12 @@
 """The outputs of a classifier's draws as probabilities, and what these say of a label."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from varify.errors import ArgumentError
+from varify.errors import ArgumentError, VarifyWarning
 
 OUTPUTS = ("logits", "probabilities", "binary_logits")
 
@@ -27,6 +29,32 @@ def classes_last(samples: Tensor, class_dim: int) -> Tensor:
             "for one logit of two classes say outputs='binary_logits'"
         )
     return samples.movedim(dim if dim < 0 else dim + 1, -1)
+
+
+def check_outputs(samples: Tensor, outputs: str, class_dim: int) -> None:
+    """Refuse "probabilities" that are none, and warn of "logits" that are probabilities already.
+
+    Raises:
+        ArgumentError: a probability is below 0, or those of an output don't sum to 1.
+    """
+    if outputs == "binary_logits" or not samples.numel():
+        return
+    samples = classes_last(samples.detach(), class_dim)
+    unit = torch.finfo(samples.dtype).eps if samples.is_floating_point() else 0.0
+    least = float(samples.min())
+    off = float((samples.sum(-1, dtype=torch.promote_types(samples.dtype, torch.float32)) - 1).abs().max())
+    if outputs == "probabilities" and (least < 0 or off > max(1e-3, 8 * unit)):  # never of what is not finite
+        fact = f"a value of {least:.3g}" if least < 0 else f"classes whose sum is {off:.3g} away from 1"
+        raise ArgumentError(
+            f"outputs='probabilities', but an output has {fact}: if these are logits, leave outputs= out"
+        )
+    if outputs == "logits" and least >= 0 and off <= 16 * unit:
+        warnings.warn(
+            "every output is at least 0 and sums to 1 over the classes, as after a softmax, and is taken for logits: "
+            "say outputs='probabilities'",
+            VarifyWarning,
+            stacklevel=4,
+        )
 
 
 def probability_samples(samples: Tensor, outputs: str, class_dim: int) -> Tensor:

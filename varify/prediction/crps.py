@@ -7,26 +7,27 @@ import torch
 from torch import Tensor
 
 from varify.prediction.noise import Likelihood, OtherNoise, check_targets, moments, quantile
+from varify.prediction.scores import TensorLike
 
 TAIL = 1e-5  # left out at each end, where it counts by its square
 PANELS, POINTS = 32, 4  # of the integral, and of Gauss and Legendre's rule in each
 MOST_VALUES = 4096  # of a discrete target; more are taken several at once
 
 
-def crps(likelihood: Likelihood | None, samples: Tensor, targets: Tensor) -> Tensor:
+def crps(likelihood: Likelihood | None, samples: Tensor, targets: TensorLike) -> Tensor:
     """By target, `(*batch, ...)`; see `Prediction.crps`.
 
     Raises:
         ArgumentError: the targets have another shape.
     """
     mean, var = (samples, torch.zeros_like(samples)) if likelihood is None else moments(likelihood, samples)
-    targets = check_targets(targets, mean[0])
+    labels = check_targets(targets, mean[0])
     if isinstance(likelihood, OtherNoise):
         by_distribution = _summed if likelihood.discrete else _integrated
-        return by_distribution(likelihood, samples, targets)
+        return by_distribution(likelihood, samples, labels)
     # a draw at a time: all pairs at once would take n_samples times the memory
     between = torch.stack([_expected_distance(mean - mean[s], var + var[s]).mean(0) for s in range(len(mean))]).mean(0)
-    return _expected_distance(targets - mean, var).mean(0) - 0.5 * between
+    return _expected_distance(labels - mean, var).mean(0) - 0.5 * between
 
 
 def _expected_distance(mean: Tensor, var: Tensor) -> Tensor:

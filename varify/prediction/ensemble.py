@@ -145,8 +145,14 @@ class Ensemble:
             What `keep` returns, of all data: a `Prediction`, or the structure that the network returns, by default.
 
         Raises:
-            ArgumentError: an empty loader; batches of different structure or shape; `keep` returns scalars.
+            ArgumentError: an empty loader, or a tensor; batches of different structure or shape; `keep` returns
+                scalars.
         """
+        if isinstance(loader, Tensor):
+            raise ArgumentError(
+                f"loader must give batches, got a tensor of shape {tuple(loader.shape)}, whose rows would be taken for "
+                "these: ensemble.predict(x) takes it as one batch, DataLoader(x, batch_size=...) cuts it"
+            )
         device = next(iter(self.vnet.parameters())).device
         parts = []
         for batch in with_progress(loader, progress):

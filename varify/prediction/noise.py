@@ -1,12 +1,14 @@
 """What a likelihood's noise makes of many outputs: the mixture of the draws' distributions of a target."""
 
 import math
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from varify.errors import ArgumentError
+from varify.prediction.scores import TensorLike
 
 
 class Likelihood(Protocol):
@@ -51,18 +53,29 @@ def added(likelihood: Likelihood, samples: Tensor) -> Tensor | None:
     return var[0] if is_output and torch.equal(var, var[:1].expand_as(var)) else None
 
 
-def check_targets(targets: Tensor, like: Tensor) -> Tensor:
+def check_level(level: object) -> None:
+    """Check the probability of an interval.
+
+    Raises:
+        ArgumentError: it is no number within (0, 1).
+    """
+    if not isinstance(level, (Real, Tensor)) or not 0 < float(level) < 1:
+        raise ArgumentError(f"level must lie within (0, 1), got {level!r}")
+
+
+def check_targets(targets: TensorLike, like: Tensor) -> Tensor:
     """The targets beside `like`, which is of an output.
 
     Raises:
         ArgumentError: they have another shape.
     """
+    targets = torch.as_tensor(targets)
     if targets.shape != like.shape:
         raise ArgumentError(f"the targets have shape {tuple(targets.shape)}, the prediction {tuple(like.shape)}")
     return targets.to(like)
 
 
-def log_density(likelihood: Likelihood, samples: Tensor, targets: Tensor) -> Tensor:
+def log_density(likelihood: Likelihood, samples: Tensor, targets: TensorLike) -> Tensor:
     """Log of the mixture's density at the targets of each datum, `(batch,)`, nats; `()` if the targets are one number.
 
     A datum's targets are independent given the weights, not given the data: they are summed within each draw.

@@ -12,6 +12,7 @@ from varify.errors import ArgumentError, one_of, positive_int
 from varify.prediction import classes, noise, scores
 from varify.prediction.crps import crps
 from varify.prediction.noise import Likelihood
+from varify.prediction.scores import TensorLike
 
 
 class Variances(NamedTuple):
@@ -41,7 +42,8 @@ class Prediction:
     Attributes:
         samples: `(n_samples, *batch, ...)`.
         outputs: what the network returns, for the measures on classes: "logits" (log probabilities are logits as
-            well), "probabilities", or "binary_logits", one logit of the second of two classes per output.
+            well), "probabilities", or "binary_logits", one logit of the second of two classes per output. A measure
+            on classes refuses "probabilities" that are none, and warns of "logits" that all sum to 1.
         class_dim: the classes' dimension in one output of the network; 1 for segmentation.
         vectorized: whether the draws ran vectorized, by `torch.func.vmap`, and not sequentially.
     """
@@ -123,8 +125,7 @@ class Prediction:
         Raises:
             ArgumentError: level outside (0, 1).
         """
-        if not 0 < level < 1:
-            raise ArgumentError(f"level must lie within (0, 1), got {level}")
+        noise.check_level(level)
         ends = ((1 - level) / 2, (1 + level) / 2)
         if likelihood is None:
             low, high = self.quantile(torch.tensor(ends, dtype=torch.float64))
@@ -132,7 +133,7 @@ class Prediction:
             low, high = (noise.quantile(likelihood, self._precise, end) for end in ends)
         return low, high
 
-    def coverage(self, targets: Tensor, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
+    def coverage(self, targets: TensorLike, level: float = 0.95, likelihood: Likelihood | None = None) -> Tensor:
         """Share of the targets, `(*batch, ...)`, that lie within `interval(level, likelihood)`, `()`.
 
         Raises:
@@ -155,6 +156,7 @@ class Prediction:
 
     def _probability_samples(self) -> Tensor:
         """`(n_samples, *batch, ..., classes)`, the class dimension last."""
+        classes.check_outputs(self.samples, self.outputs, self.class_dim)
         return classes.probability_samples(self._precise, self.outputs, self.class_dim)
 
     def probabilities(self) -> Tensor:
@@ -210,11 +212,12 @@ class Prediction:
 
     # --- against targets
 
-    def log_prob(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+    def log_prob(self, targets: TensorLike, likelihood: Likelihood | None = None) -> Tensor:
         r"""Log predictive density $\log \frac1S \sum_s p(y|x, w_s)$, nats.
 
         Args:
-            targets: labels, whole numbers, of the outputs' shape without classes; with a likelihood, of its mean's.
+            targets: labels, whole numbers, of the outputs' shape without classes; with a likelihood, of its mean's. A
+                tensor, or what `torch.as_tensor` takes, as in all scores.
             likelihood: of a regression: `varify.GaussianLikelihood` or another, as trained.
 
         Returns:
@@ -225,25 +228,26 @@ class Prediction:
         """
         if likelihood is not None:
             return noise.log_density(likelihood, self._precise, targets)
+        classes.check_outputs(self.samples, self.outputs, self.class_dim)
         log_p = classes.log_probability_samples(self._precise, self.outputs, self.class_dim)
         return noise.log_mean_exp(scores.log_prob_of_labels(log_p, targets))
 
-    def nll(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+    def nll(self, targets: TensorLike, likelihood: Likelihood | None = None) -> Tensor:
         """Negative log predictive density, mean over labels or data, nats, `()`; arguments as of `log_prob`."""
         return -self.log_prob(targets, likelihood).mean()
 
-    def accuracy(self, labels: Tensor) -> Tensor:
+    def accuracy(self, labels: TensorLike) -> Tensor:
         """Share of the labels that are the class of highest predictive probability, `()`."""
         return scores.accuracy(self._probability_samples().mean(0), labels)
 
-    def brier(self, labels: Tensor) -> Tensor:
+    def brier(self, labels: TensorLike) -> Tensor:
         """Brier score, `()`: squared error of the predictive probabilities, summed over classes (Brier 1950).
 
         It lies within [0, 2]; of two classes it is twice the score of one class's probability.
         """
         return scores.brier(self._probability_samples().mean(0), labels)
 
-    def ece(self, labels: Tensor, n_bins: int = 15) -> Tensor:
+    def ece(self, labels: TensorLike, n_bins: int = 15) -> Tensor:
         """Expected calibration error of the top label, `()`, within [0, 1] (Guo et al. 2017, arXiv:1706.04599, eq. 3).
 
         Args:
@@ -253,7 +257,7 @@ class Prediction:
         p = self._probability_samples().mean(0)
         return scores.calibration_error(p, labels, positive_int("n_bins", n_bins))
 
-    def crps(self, targets: Tensor, likelihood: Likelihood | None = None) -> Tensor:
+    def crps(self, targets: TensorLike, likelihood: Likelihood | None = None) -> Tensor:
         r"""Continuous ranked probability score, mean over targets, in their units, `()`; lower is better.
 
         $E|Y - y| - \frac12 E|Y - Y'|$ (Gneiting & Raftery 2007, JASA 102, eq. 21) of Y as the draws have it: their

@@ -18,7 +18,10 @@ from varify.prediction.many import Draws, Source, many
 from varify.prediction.vectorizing import Cost, Stack, Theta, autocast_acts
 
 # What users write for `n_samples`.
-_OTHER_NAMES = frozenset({"num_samples", "n_sample", "samples", "num_draws", "n_draws", "mc_samples"})
+_OTHER_NAMES = frozenset(
+    {"num_samples", "num_sample", "n_sample", "nsamples", "nsample", "N_samples", "samples", "num_draws", "n_draws"}
+    | {"ndraws", "draws", "mc_samples", "n_mc_samples"}
+)
 # So many shapes of calls are remembered.
 MOST_SHAPES = 1000
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from varify.errors import ArgumentError, one_of
 from varify.prediction import noise
 from varify.prediction.classes import OUTPUTS
-from varify.prediction.noise import Likelihood
+from varify.prediction.noise import Likelihood, check_level
 from varify.prediction.prediction import Prediction, Variances
 from varify.propagation.activations import std_of
 
@@ -71,8 +71,7 @@ class GaussianPrediction:
         Raises:
             ArgumentError: level outside (0, 1).
         """
-        if not 0 < level < 1:
-            raise ArgumentError(f"level must lie within (0, 1), got {level}")
+        check_level(level)
         std = self.std
         if likelihood is not None:
             draws = self._draws_by_output()
@@ -149,4 +148,6 @@ def normal_points(n_points: int, dims: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=0)
     eps = torch.special.ndtri(engine.draw(n_points, dtype=torch.float64).clamp(1e-9, 1 - 1e-9))
     eps = eps - eps.mean(0)
-    return eps / std_of(eps.square().mean(0)).clamp_min(torch.finfo(eps.dtype).tiny)  # a single point is the mean
+    std = std_of(eps.square().mean(0)).clamp_min(torch.finfo(eps.dtype).tiny)  # a single point is the mean
+    points: Tensor = eps / std
+    return points
