@@ -20,6 +20,8 @@ def _with_noise(mean: Tensor, var: Tensor) -> Tensor:
     if is_plain():
         noisy: Tensor = _Noisy.apply(mean, var, eps)  # type: ignore[no-untyped-call]
         return noisy
+    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:  # in vmap: nothing in place of one
+        return torch.addcmul(mean, var.clamp_min(0.0).sqrt_().to(mean.dtype), eps)
     # The square root has an infinite slope at 0, which an output has that no input or no sigma reaches: no noise there.
     std = torch.where(var > 0, var.clamp_min(_least(var)).sqrt(), 0.0)
     return mean + std.to(mean.dtype) * eps

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from varify.graph.planning import Decision
 from varify.graph.standins import Unforeseen
-from varify.graph.used_once import UsedOnce, certain_posterior, exact_decisions, number_of_examples
+from varify.graph.used_once import KnownSigma, UsedOnce, exact_decisions, number_of_examples
 from varify.network.signature import call_signature, copied
 from varify.network.view import Views
 from varify.posteriors import Posteriors
@@ -77,9 +78,10 @@ class SeparateSampler(Sampler):
         rest = {name: q for name, q in posteriors.items() if name not in decisions}
         count = number_of_examples(args, kwargs, self._posteriors.settings.batch_dim)
         estimated: list[UsedOnce] = []
+        sigmas = {name: posteriors[name].sigma for name in decisions}  # not within vmap, a time for each chunk
 
         def stand_ins(certain: bool) -> dict[str, Any]:
-            qs = {name: certain_posterior(posteriors[name]) if certain else posteriors[name] for name in decisions}
+            qs = {n: KnownSigma(posteriors[n], torch.zeros_like(s) if certain else s) for n, s in sigmas.items()}
             estimated[:] = [UsedOnce(name, q, decisions[name], count) for name, q in qs.items()]
             return {parameter.name: parameter.stand_in() for parameter in estimated}
 

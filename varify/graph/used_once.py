@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from varify.estimators.rules import Rule
 from varify.graph.examples import count_of
@@ -58,6 +58,16 @@ def number_of_examples(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_d
     return count_of(placeholders(args, kwargs), batch_dim)
 
 
-def certain_posterior(q: GaussianPosterior) -> GaussianPosterior:
-    """The posterior with sigma 0."""
-    return GaussianPosterior(q.mu, torch.full_like(q.rho, -torch.inf), q.prior, q.fixed)
+class KnownSigma(GaussianPosterior):
+    """A posterior with a sigma that is there already, `(*shape)`: that of all draws, or 0 for certain ones."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self, q: GaussianPosterior, sigma: Tensor) -> None:
+        super().__init__(q.mu, q.rho, q.prior, q.fixed)
+        self._known = sigma
+
+    @property
+    def sigma(self) -> Tensor:
+        """As given."""
+        return self._known
