@@ -48,7 +48,7 @@ def affine(
         return Uncertain(mean, _along(mean, op, extra).expand_as(mean))
     if isinstance(input, Uncertain) and isinstance(weight, Uncertain):
         var = op(input.second, weight.var, extra, *settings, **named)
-        return Uncertain(mean, var + op(input.var, square_of(weight), None, *settings, **named))
+        return Uncertain(mean, var.add_(op(input.var, square_of(weight), None, *settings, **named)))
     if isinstance(input, Uncertain):
         return Uncertain(mean, op(input.var, square_of(weight), extra, *settings, **named))
     return Uncertain(mean, op(square_of(input), var_of(weight), extra, *settings, **named))

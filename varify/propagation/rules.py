@@ -42,7 +42,7 @@ class Uncertain:
     @property
     def second(self) -> Tensor:
         """The mean of the square, mean² + var."""
-        return self.mean.square() + self.var
+        return torch.addcmul(self.var, self.mean, self.mean)
 
     def __repr__(self) -> str:
         return f"Uncertain(shape={tuple(self.mean.shape)})"
