@@ -1,5 +1,6 @@
 """Likelihoods beyond the Gaussian: densities, moments, distribution functions and intervals against scipy's."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -195,3 +196,34 @@ def test_what_can_not_be_is_refused() -> None:
     for likelihood in (varify.PoissonLikelihood(), varify.LaplaceLikelihood(), varify.OrdinalLikelihood(3)):
         with pytest.raises(varify.ArgumentError, match=r"the mean has shape \(5, 1\), the target \(5,\)"):
             likelihood(zeros, torch.zeros(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1e-3])
+def test_outputs_in_half_precision_lose_nothing_of_the_noise(scale: float, dtype: torch.dtype) -> None:
+    output = torch.zeros(1000, 1, dtype=dtype)
+    target = scale * (0.5 + torch.randn(1000, 1, dtype=torch.float64))
+    for likelihood, reference in (
+        (varify.GaussianLikelihood(scale), scipy.stats.norm),
+        (varify.LaplaceLikelihood(scale), scipy.stats.laplace),
+        (varify.StudentTLikelihood(4.0, scale), functools.partial(scipy.stats.t, 4)),
+    ):
+        found = likelihood(output, target.float())
+        assert found.item() == pytest.approx(-reference(0, scale).logpdf(target.numpy()).mean(), rel=1e-4)
+        (gradient,) = torch.autograd.grad(found, likelihood.rho)
+        rho, step = math.log(math.expm1(scale)), 1e-4
+        nlls = [-reference(0, math.log1p(math.exp(rho + by))).logpdf(target.numpy()).mean() for by in (-step, step)]
+        assert gradient.item() == pytest.approx((nlls[1] - nlls[0]) / (2 * step), rel=1e-2, abs=1e-3)
+        assert likelihood.moments(output)[1][0].item() == pytest.approx(reference(0, scale).var(), rel=1e-4)
+        assert likelihood.log_prob(output, target.float()).isfinite().all()
+
+
+def test_a_head_of_two_outputs_in_half_precision_and_without_a_sigma_of_its_own() -> None:
+    head = varify.HeteroscedasticGaussianLikelihood(1e-4)
+    output = torch.tensor([[0.0, -9.0]] * 2, dtype=torch.float16)
+    target = torch.tensor([[1e-4], [-3e-4]])
+    sigma = 1e-4 + math.log1p(math.exp(-9.0))
+    expected = -scipy.stats.norm(0, sigma).logpdf(target.numpy()).mean()
+    assert head(output, target).item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(varify.ArgumentError, match="each target has a sigma of its own"):
+        _ = head.sigma

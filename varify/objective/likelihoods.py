@@ -39,12 +39,17 @@ class Likelihood(nn.Module, ABC):
         shape = self.shape(output)
         if shape != target.shape:
             raise ArgumentError(f"the mean has shape {tuple(shape)}, the target {tuple(target.shape)}")
-        nll = -self.log_prob(output, target)
+        nll = -self.log_prob(precise(output), target)
         return nll.sum() / len(target) if target.dim() else nll
 
     def shape(self, output: Tensor) -> torch.Size:
         """Of the targets that belong to this output."""
         return output.shape
+
+
+def precise(output: Tensor) -> Tensor:
+    """In at least single precision: in half a variance underflows, and its digits are too few for a gradient."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 class GaussianLikelihood(Likelihood):
@@ -65,7 +70,8 @@ class GaussianLikelihood(Likelihood):
         return F.softplus(self.rho)
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return output, self.sigma.square().to(output.dtype).expand_as(output)
+        output = precise(output)
+        return output, self.sigma.to(output.dtype).square().expand_as(output)
 
     def log_prob(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         mean, var = self.moments(output)
@@ -86,6 +92,15 @@ class HeteroscedasticGaussianLikelihood(GaussianLikelihood):
         del self.rho
         self.floor = positive_number("floor", floor)
 
+    @property
+    def sigma(self) -> Tensor:
+        """None: each target has its own.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("each target has a sigma of its own here: moments(output)[1].sqrt() are those of an output")
+
     def shape(self, output: Tensor) -> torch.Size:  # noqa: D102
         return self.moments(output)[0].shape
 
@@ -94,5 +109,5 @@ class HeteroscedasticGaussianLikelihood(GaussianLikelihood):
             raise ArgumentError(
                 f"the head has {output.shape[-1]} outputs; a mean and a rho for each target make it even"
             )
-        mean, rho = output.chunk(2, -1)
+        mean, rho = precise(output).chunk(2, -1)
         return mean, (self.floor + F.softplus(rho)).square()

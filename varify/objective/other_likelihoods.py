@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varify.errors import ArgumentError, positive_int, positive_number
-from varify.objective.likelihoods import Likelihood
+from varify.objective.likelihoods import Likelihood, precise
 from varify.weights.posterior import softplus_inverse
 
 
@@ -41,7 +41,8 @@ class LaplaceLikelihood(_Scaled):
         super().__init__(scale, learn)
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return output, (2 * self.scale.square()).to(output.dtype).expand_as(output)
+        output = precise(output)
+        return output, (2 * self.scale.to(output.dtype).square()).expand_as(output)
 
     def log_prob(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return -(target - output).abs() / self.scale - (2 * self.scale).log()
@@ -69,8 +70,9 @@ class StudentTLikelihood(_Scaled):
             raise ArgumentError(f"df must be greater than 2, got {df}: with fewer the noise has no variance")
 
     def moments(self, output: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        var = self.scale.square() * self.df / (self.df - 2)
-        return output, var.to(output.dtype).expand_as(output)
+        output = precise(output)
+        var = self.scale.to(output.dtype).square() * self.df / (self.df - 2)
+        return output, var.expand_as(output)
 
     def log_prob(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         z = (target - output) / self.scale
