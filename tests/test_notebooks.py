@@ -23,7 +23,7 @@ def executed(path: Path) -> NotebookNode:
         patch.setenv("PYTHONPATH", str(HERE.parent))
         patch.setenv("PYTHONSTARTUP", str(HERE / "notebook_startup.py"))
         resources = {"metadata": {"path": path.parent}}
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+        NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
     return notebook
 
 
