@@ -17,6 +17,7 @@ from varify.experiments.models import MODELS, build
 from varify.experiments.settings import Settings
 from varify.experiments.spelling import schedule
 from varify.experiments.training import Training
+from varify.experiments.training.plans import Plan
 
 
 def random_images(n: int, channels: int, classes: int = 10, size: int = 32) -> Images:
@@ -127,6 +128,23 @@ def test_a_folder_of_images(mode: str, tmp_path: Path, capsys: pytest.CaptureFix
         load_data(str(tmp_path), Path())
 
 
+def test_images_of_16_bits_are_not_blank_and_those_without_a_white_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    for name in ("ape", "bee"):
+        (tmp_path / name).mkdir()
+        for j in range(5):
+            Image.fromarray(ramp).save(tmp_path / name / f"{j}.png")
+    Image.fromarray(np.full((32, 32), 7.5, np.float32)).save(tmp_path / "ape" / "9.tif")
+    images = load_data(str(tmp_path), Path())
+    assert "1 of 11 files can't be read, such as" in (said := capsys.readouterr().err)
+    assert "mode F, of which nothing says what is white" in said
+    assert images.channels == 1
+    expected = torch.tensor(ramp.astype(float) / 65535).float()
+    assert torch.allclose(images.train[0, 0] * images.std.flatten() + images.mean.flatten(), expected, atol=1e-5)
+
+
 def test_a_run_on_a_folder_with_another_for_its_ood(tmp_path: Path) -> None:
     write_folder(tmp_path / "data", ("ape", "bee", "cat"), n=10)
     write_folder(tmp_path / "other", ("x",), n=3)
@@ -211,3 +229,26 @@ def test_all_named_data_say_how_to_get_them(tmp_path: Path) -> None:
     for name in DATA.keys() - {"digits"}:
         with pytest.raises(DataError, match=f"is not in {tmp_path}: add --download, or give --data-root"):
             load_data(name, tmp_path)
+
+
+@pytest.mark.parametrize("plan", ["cosine", "constant"])
+def test_a_lengthened_training_has_the_longer_plans_rates(plan: str) -> None:
+    def rates(epochs: int, states: tuple | None = None, n: int = 0) -> tuple[list[float], tuple]:
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], 0.3)
+        made = Plan(optimizer, Settings(lr_plan=plan, epochs=epochs))
+        if states:
+            optimizer.load_state_dict(states[0])
+            made.load_state_dict(states[1])
+        found = []
+        for _ in range(n):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            made.step(0.0)
+        return found, (optimizer.state_dict(), made.state_dict())
+
+    _, states = rates(6, n=6)
+    later, _ = rates(12, states, n=6)
+    whole, _ = rates(12, n=12)
+    assert later == pytest.approx(whole[6:])
+    if plan == "cosine":
+        assert later[0] == pytest.approx(0.3 * 0.501)

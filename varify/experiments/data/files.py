@@ -3,6 +3,7 @@
 import gzip
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,20 +72,32 @@ def _read(files: list[Path], labels: list[int], size: int, path: Path) -> Labele
     for file, label in zip(files, labels, strict=True):
         try:
             with Image.open(file) as image:
-                kind = "L" if image.mode in ("1", "L") else "RGB"
-                pixels = np.asarray(image.convert(kind).resize((size, size), Image.Resampling.BILINEAR))
-        except (OSError, UnidentifiedImageError, ValueError):
-            broken.append(file)
+                pixels = _pixels(image, size)
+        except (OSError, UnidentifiedImageError, ValueError, DataError) as error:
+            broken.append(f"{file} ({error})")
             continue
         found.append(pixels.reshape(size, size, -1).transpose(2, 0, 1))
         kept.append(label)
+    unread = f"{len(broken)} of {len(files)} files can't be read, such as {broken[0]}" if broken else ""
     if not found:
-        raise DataError(f"{path} has no images; wanted: {LAYOUT}")
-    if broken:
-        print(f"varify: {len(broken)} of {len(files)} files can't be read, such as {broken[0]}", file=sys.stderr)
+        raise DataError(f"{path} has no images{f': {unread}' if unread else ''}; wanted: {LAYOUT}")
+    if unread:
+        print(f"varify: {unread}", file=sys.stderr)
     most = max(len(pixels) for pixels in found)
     stacked = np.stack([np.broadcast_to(pixels, (most, size, size)) for pixels in found])
-    return torch.as_tensor(stacked) / 255.0, torch.tensor(kept)
+    return torch.as_tensor(stacked), torch.tensor(kept)
+
+
+def _pixels(image: Any, size: int) -> np.ndarray:
+    """Within [0, 1], `(size, size)` or with three channels last."""
+    if image.mode in ("I", "F"):
+        raise DataError(f"its pixels are of Pillow's mode {image.mode}, of which nothing says what is white")
+    if image.mode.startswith("I;16"):
+        kind, white = "F", 65535  # converted to bytes, all above 255 would be white
+    else:
+        kind, white = "L" if image.mode in ("1", "L") else "RGB", 255
+    resized = image.convert(kind).resize((size, size), 2)  # bilinear
+    return np.asarray(resized, np.float32) / np.float32(white)
 
 
 def _same_channels(*sets: Labeled) -> list[Labeled]:
