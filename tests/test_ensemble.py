@@ -166,6 +166,13 @@ def test_bad_input() -> None:
         vnet.ensemble(2, memory=-1)
     with pytest.raises(ArgumentError, match=r"don't fit into memory .*: give the bytes that they may take"):
         varify.Ensemble(varify.variationalize(nn.Linear(2000, 2000)), range(10**6), 2**62)  # 16 TB
+    for index in (slice(1, 3), "0"):
+        with pytest.raises(ArgumentError, match=r"ensemble\[i\] is one network, so that i must be an integer"):
+            ensemble[index]
+    for call in (lambda: vnet.ensemble(2, seed=2**64), lambda: vnet.predict(x, seed=2**64)):
+        with pytest.raises(ArgumentError, match=r"seed must be an integer from 0 to 2\*\*64 - 1"):
+            call()
+    vnet.predict(x, seed=2**64 - 1)
     with pytest.raises(ArgumentError, match="the loader is empty"):
         ensemble.predict_loader([])
     with pytest.raises(ArgumentError, match="a batch of 3 parts may be inputs and targets in several ways"):

@@ -289,3 +289,14 @@ def test_two_threads_predict_at_once() -> None:
         found = [pool.submit(vnet.predict, *args, n_samples=20, **kwargs) for _ in range(12)]
         for prediction in found:
             torch.testing.assert_close(prediction.result().samples, expected.detach().expand(20, -1, -1))
+
+
+def test_outputs_that_are_integers_have_moments_and_no_probabilities() -> None:
+    samples = torch.randint(9, (6, 4, 3))
+    p, same = varify.Prediction(samples), varify.Prediction(samples.double())
+    assert torch.allclose(p.mean.double(), same.mean)
+    assert torch.allclose(p.std.double(), same.std)
+    assert torch.allclose(p.quantile(0.5).double(), same.quantile(0.5))
+    for ask in (p.probabilities, lambda: p.nll(torch.zeros(4, dtype=torch.long))):
+        with pytest.raises(varify.ArgumentError, match=r"outputs are torch.int64, no logits"):
+            ask()

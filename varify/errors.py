@@ -85,8 +85,8 @@ def positive_int(name: str, value: Any, error: type[VarifyError] = ArgumentError
     return number
 
 
-def nonnegative_int(name: str, value: Any) -> int:
-    """`value` as an int, if it is an integer of any library's and at least 0.
+def nonnegative_int(name: str, value: Any, bits: int | None = None) -> int:
+    """`value` as an int, if it is an integer of any library's, at least 0, and fits into so many bits.
 
     Raises:
         ArgumentError: it is none.
@@ -97,6 +97,8 @@ def nonnegative_int(name: str, value: Any) -> int:
         number = -1
     if number < 0:
         raise ArgumentError(f"{name} must be an integer of at least 0, got {value!r}")
+    if bits is not None and number >= 2**bits:
+        raise ArgumentError(f"{name} must be an integer from 0 to 2**{bits} - 1, got {value!r}")
     return number
 
 

@@ -72,7 +72,7 @@ class Predicting(nn.Module):
         vnet: Any = self
         within: Any = nullcontext()
         if seed is not None:
-            within = seeded(nonnegative_int("seed", seed), cuda_devices(vnet.posteriors))
+            within = seeded(nonnegative_int("seed", seed, bits=64), cuda_devices(vnet.posteriors))
         # a seed promises networks, the same ones for any batch, and a choice of `vectorize` the same draws either way
         way = None if joint and seed is None and vectorize is None else joint
         with within:
@@ -100,7 +100,7 @@ class Predicting(nn.Module):
             StructureError: the parameters are in parts (FSDP2).
         """
         n_samples, memory = positive_int("n_samples", n_samples), nonnegative_int("memory", memory)
-        seed = int(torch.randint(2**62, ())) if seed is None else nonnegative_int("seed", seed)
+        seed = int(torch.randint(2**62, ())) if seed is None else nonnegative_int("seed", seed, bits=64)
         refuse_sharded(self, "ensemble()")
         generator = torch.Generator().manual_seed(seed)
         seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(n_samples)]

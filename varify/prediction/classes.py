@@ -11,6 +11,19 @@ from varify.errors import ArgumentError, VarifyWarning
 OUTPUTS = ("logits", "probabilities", "binary_logits")
 
 
+def check_real(samples: Tensor) -> None:
+    """Refuse integers, such as labels, of which a softmax would say nothing.
+
+    Raises:
+        ArgumentError: the samples are integers.
+    """
+    if not samples.is_floating_point():
+        raise ArgumentError(
+            f"the outputs are {samples.dtype}, no logits or probabilities: return what the labels were taken from, "
+            "or take mean, std and quantiles"
+        )
+
+
 def classes_last(samples: Tensor, class_dim: int) -> Tensor:
     """`(n_samples, *batch, ..., classes)`, the classes' dimension last.
 

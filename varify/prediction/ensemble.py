@@ -65,6 +65,11 @@ class Ensemble:
         return len(self.seeds)
 
     def __getitem__(self, index: int) -> nn.Module:
+        if not hasattr(index, "__index__"):
+            raise ArgumentError(
+                f"ensemble[i] is one network, so that i must be an integer, got {index!r}; several are "
+                "[ensemble[i] for i in range(1, 3)]"
+            )
         noise = self._noise(self.seeds[index])
         with _fixed(self._parts, noise):
             network: nn.Module = self.vnet.sample_model()

@@ -82,9 +82,8 @@ class Prediction:
 
     @property
     def _precise(self) -> Tensor:
-        """The samples in at least single precision."""
-        half = self.samples.is_floating_point() and torch.finfo(self.samples.dtype).bits < 32
-        return self.samples.float() if half else self.samples
+        """The samples in at least single precision; integers, such as counts, too."""
+        return self.samples.to(torch.promote_types(self.samples.dtype, torch.float32))
 
     @cached_property
     def mean(self) -> Tensor:
@@ -156,6 +155,7 @@ class Prediction:
 
     def _probability_samples(self) -> Tensor:
         """`(n_samples, *batch, ..., classes)`, the class dimension last."""
+        classes.check_real(self.samples)
         classes.check_outputs(self.samples, self.outputs, self.class_dim)
         return classes.probability_samples(self._precise, self.outputs, self.class_dim)
 
@@ -228,6 +228,7 @@ class Prediction:
         """
         if likelihood is not None:
             return noise.log_density(likelihood, self._precise, targets)
+        classes.check_real(self.samples)
         classes.check_outputs(self.samples, self.outputs, self.class_dim)
         log_p = classes.log_probability_samples(self._precise, self.outputs, self.class_dim)
         return noise.log_mean_exp(scores.log_prob_of_labels(log_p, targets))
