@@ -59,6 +59,17 @@ def test_reliability_counts_as_a_loop_does(ax: object) -> None:
     assert len(ax.lines) == 3  # the diagonal once
 
 
+def test_reliability_of_a_prediction_without_bins_of_few(ax: object) -> None:
+    prediction = varify.Prediction(torch.tensor([[[3.0, 0.0]] * 8 + [[0.1, 0.0]] * 2]))
+    y = torch.tensor([0] * 9 + [1])
+    plots.reliability(prediction, y, ax=ax)
+    tops = [prediction.probabilities()[i].max().item() for i in (8, 0)]
+    np.testing.assert_allclose(np.asarray(ax.lines[1].get_data()).T, [(tops[0], 0.5), (tops[1], 1.0)], rtol=1e-5)
+    plots.reliability(prediction, y, least=3, ax=ax)
+    np.testing.assert_allclose(np.asarray(ax.lines[2].get_data()).T, [(tops[1], 1.0)], rtol=1e-5)
+    assert "bins of fewer than 3 data left out" in ax.get_xlabel()
+
+
 def test_uncertainty_draws_means(ax: object) -> None:
     torch.manual_seed(2)
     prediction = varify.Prediction(torch.randn(20, 7, 3))
@@ -99,6 +110,15 @@ def test_the_band_of_the_mean_is_in_the_units_of_the_targets(ax: object) -> None
         band = ax.collections[1].get_paths()[0].get_extents()
         low, high = np.quantile(means.numpy()[..., 0], (0.1, 0.9), axis=0)
         assert (band.y0, band.y1) == pytest.approx((low.min(), high.max()), rel=1e-5)
+
+
+def test_snr_leaves_out_means_next_to_0(ax: object) -> None:
+    vnet = varify.variationalize(torch.nn.Linear(30, 10))
+    with torch.no_grad():
+        vnet.module.weight.view(-1)[:3] = 1e-30
+    plots.snr(vnet, ax=ax)
+    assert ax.get_xlim()[0] > -100
+    assert "without the least 2 %" in ax.get_xlabel()
 
 
 def test_snr_and_pruning_agree(vnet: varify.VariationalModule, ax: object) -> None:

@@ -35,7 +35,7 @@ def of_evaluations(evaluations: dict[str, Evaluation], ood: str) -> bytes:
         ax.sharey(histograms[0])
     for name, e in evaluations.items():
         label = f"{name}, ECE {e.metrics['ece']:.4f}"
-        plots.reliability(e.probabilities, e.labels, label=label, color=COLORS[name], ax=reliability)
+        plots.reliability(e.probabilities, e.labels, label=label, color=COLORS[name], least=5, ax=reliability)
     reliability.set(title="Reliability")
     top = max(float(np.log(e.probabilities.shape[1])) for e in evaluations.values())
     for ax, (name, e) in zip(histograms, evaluations.items(), strict=True):

@@ -5,13 +5,15 @@ from torch import Tensor
 
 from varify.errors import ArgumentError, positive_int
 from varify.plots.axes import BLUE, GREY, Axis, axis
+from varify.prediction.prediction import Prediction
 
 
 def reliability(
-    probabilities: Tensor,
+    probabilities: Tensor | Prediction,
     labels: Tensor,
     *,
     n_bins: int = 10,
+    least: int = 1,
     label: str | None = None,
     color: str = BLUE,
     ax: Axis | None = None,
@@ -22,9 +24,10 @@ def reliability(
     1983; Guo et al. 2017, arXiv:1706.04599).
 
     Args:
-        probabilities: `(n, classes)`, such as `prediction.probabilities()`.
+        probabilities: `(n, classes)`, such as `prediction.probabilities()`, or the `Prediction`.
         labels: `(n,)`, of the right classes.
         n_bins: number of bins of the top class's probability.
+        least: number of data that a bin must have to be shown; the axis says it.
         label: of the curve, in the legend.
         color: of the curve.
         ax: a matplotlib axis; default: that of a new figure.
@@ -36,14 +39,23 @@ def reliability(
         ArgumentError: the shapes don't fit, or probabilities are none.
         ImportError: matplotlib is not installed.
     """
-    n_bins = positive_int("n_bins", n_bins)
+    n_bins, least = positive_int("n_bins", n_bins), positive_int("least", least)
+    if isinstance(probabilities, Prediction):
+        probabilities = probabilities.probabilities()
     confidences, hits, shares = (part.numpy() for part in _binned(probabilities, labels, n_bins))
+    shown = shares * len(labels) >= least - 0.5  # of counts that were divided
+    confidences, hits, shares = confidences[shown], hits[shown], shares[shown]
     ax = axis(ax)
     if not ax.lines:
         ax.plot([0, 1], [0, 1], ":", color=GREY, label="calibrated")
     ax.plot(confidences, hits, "-", color=color, alpha=0.5, lw=1, label=label)
     ax.scatter(confidences, hits, 8 + 200 * shares, color=color, alpha=0.6, linewidths=0)
-    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    ax.set(
+        xlabel="confidence" + f" (bins of fewer than {least} data left out)" * (least > 1),
+        ylabel="accuracy",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
     if label is not None:
         ax.legend(fontsize="small")
     return ax

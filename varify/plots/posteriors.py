@@ -74,6 +74,7 @@ def snr(
     """Histogram of the weights' signal to noise, with its cumulative share: what pruning would take first.
 
     As figure 3 of Blundell et al. 2015 (arXiv:1505.05424), 20·log₁₀(|mu|/sigma). Pruned and fixed weights are left out.
+    The axis leaves out the least fiftieth if it reaches 20 dB further down, as means next to 0 do, and says so.
 
     Args:
         vnet: left alone.
@@ -100,12 +101,17 @@ def snr(
     values = ratios[ratios > 0].log10() * (20 if unit == "dB" else 1)
     if not len(values):
         raise ArgumentError("no weight has a signal: all are pruned, fixed or 0")
-    ax = axis(ax)
-    ax.hist(values.numpy(), n_bins, density=True, color=BLUE, alpha=0.5)
-    ax.set(xlabel=f"signal to noise |mu|/sigma ({unit})", ylabel="density")
-    share = ax.twinx()
     ordered = values.sort().values
+    low, cut = float(ordered[0]), float(ordered[len(ordered) // 50])
+    far = cut - low > (20 if unit == "dB" else 1)
+    low = cut if far else low
+    ax = axis(ax)
+    ax.hist(values.numpy(), n_bins, range=(low, float(ordered[-1])), density=True, color=BLUE, alpha=0.5)
+    ax.set(xlabel=f"signal to noise |mu|/sigma ({unit})" + ", without the least 2 %" * far, ylabel="density")
+    share = ax.twinx()
     share.plot(ordered.numpy(), torch.linspace(0, 1, len(ordered)).numpy(), color=ORANGE)
+    if far:
+        share.set_xlim(left=low)
     share.set(ylim=(0, 1), ylabel="share of weights below")
     share.yaxis.label.set_color(ORANGE)
     ax.axvline(0, color=GREY, linestyle=":")

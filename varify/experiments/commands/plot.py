@@ -69,13 +69,15 @@ def _load(run: Run) -> dict[str, Any]:
 
 
 def _distributions(ax: Axes, steps: Array, values: Array, weights: int) -> None:
-    """Of all recorded weights, at some times: later ones are brighter."""
-    low, high = values.min(), values.max()
-    bins = np.linspace(low, high if high > low else low + 1e-6, 50).tolist()
+    """Of all recorded weights, cumulated, at some times: later ones are brighter.
+
+    So ten biases are as well shown as a thousand weights, and what begins at one number is an edge and hides nothing.
+    """
     times = np.unique(np.linspace(0, len(steps) - 1, min(SHOWN, len(steps))).round().astype(int))
     for i, color in zip(times, colormaps["viridis"](np.linspace(0, 0.9, len(times))), strict=True):
-        ax.hist(values[i], bins, density=True, histtype="step", color=color, label=f"step {steps[i]}")
-    ax.set(ylabel="density")
+        ax.ecdf(values[i], color=color, label=f"step {steps[i]}")
+    ax.locator_params(axis="x", nbins=5)
+    ax.set(ylabel="share of weights below")
     ax.legend(fontsize="x-small")
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -20,6 +21,9 @@ EXAMPLES = """examples:
   varify uncertainty runs/mnist --ood fashion-mnist --data-root data
   varify uncertainty runs/mnist --ood folder/of/notMNIST --inputs 3 --batch 500
 """
+
+
+LEAST = 1e-6  # of the largest bar: smaller ones are not to stretch the axis
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -94,8 +98,15 @@ def _show(ax: Axes, image: Tensor, opened: Opened) -> None:
 
 def _bars(axes: Sequence[Axes], u: Uncertainty, rows: slice, names: Sequence[object]) -> None:
     for ax, kind in zip(axes, NORMALIZATIONS, strict=True):
-        plots.uncertainty(u.epistemic[kind][rows], u.aleatoric[kind][rows], names, ax=ax)
-        ax.set(title=kind, yscale="log")  # the one is often a hundredth of the other
+        parts = u.epistemic[kind][rows], u.aleatoric[kind][rows]
+        plots.uncertainty(*parts, names, ax=ax)
+        heights = torch.stack([part.mean(0) for part in parts])
+        high = max(float(heights.max()), 1e-30)
+        low = max(float(heights.min()) / 2, high * LEAST)
+        ax.set(title=kind, yscale="log", ylim=(low, high * (high / low) ** 0.25))  # one is often a hundredth of another
+        if low > float(heights.min()):
+            ax.set_ylabel(f"variance, from {LEAST:g} of the largest")
+        ax.legend(fontsize="small", ncols=2, loc="upper center")  # where no bar is
         if len(u.epistemic[kind][0]) > 10:
             ax.set_xticks([])
         elif any(len(str(name)) > 2 for name in names):
