@@ -223,7 +223,7 @@ BAD_SETTINGS = [
     (["--data", "cifar"], "did you mean 'cifar10'?"),
     (["--ood", "leters"], "did you mean 'letters'?"),
     (["--data", "mnist", "--data-root", "/dev/null/nowhere"], "mnist is not in /dev/null/nowhere: add --download"),
-    (["--prior", "nose"], "unknown prior 'nose'"),
+    (["--prior", "nose"], "varify: unknown prior 'nose'; there are"),
     (["--prior", "mixtgaus"], "did you mean 'mixtgauss'?"),
     (["--prior", "mixtgauss:pi=2"], "pi must lie within (0, 1), got 2.0"),
     (["--prior", "mixtgauss:pi=x"], "'pi=x' must be key=number, as in mixtgauss:pi=0.5"),
@@ -338,6 +338,7 @@ def test_bad_folders_are_one_line(finished: Path, tmp_path: Path, capsys: pytest
             told[name] = one_line(capsys)
             assert str(folder) in told[name]
         assert sorted(tmp_path.rglob("*")) == before
+    assert told["cut"].endswith("checkpoint.pt is no whole checkpoint (RuntimeError); train it again")
     assert "was made by varify 9" in told["other format"]
     assert "train it again" in told["other format"]
     assert "varify 0.1.0" in told["first"]

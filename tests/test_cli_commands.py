@@ -90,6 +90,11 @@ def test_uncertainty_is_that_of_the_draws(trained: Path, capsys: pytest.CaptureF
         loops["aleatoric"].append(float(sum((p - p.square()).sum() for p in image)) / 4)
     for name, values in loops.items():
         assert told[f"{name}, softmax"]["inside"] == pytest.approx(np.mean(values), rel=1e-6)
+    # and the entropy tells letters from digits as well as the training's report says
+    assert run(["uncertainty", str(trained)]) == 0
+    entropy = json.loads((trained / "uncertainty-letters.json").read_text())["scores"]["entropy"]
+    report = json.loads((trained / "metrics.json").read_text())["metrics"]["variational"]
+    assert entropy["auroc"] == pytest.approx(report["ood_auroc"], abs=1e-9)
     # an input's two parts add up to the variance of a label drawn from the mean prediction
     found = uncertainty_of(opened.variational, opened.images.test[:5], 4, 0)
     p = draws[:, :5].softmax(-1).mean(0)

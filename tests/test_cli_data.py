@@ -1,5 +1,6 @@
 """Data sets and networks of the command line, and its schedules and recipes."""
 
+import builtins
 import gzip
 import struct
 from pathlib import Path
@@ -252,3 +253,26 @@ def test_a_lengthened_training_has_the_longer_plans_rates(plan: str) -> None:
     assert later == pytest.approx(whole[6:])
     if plan == "cosine":
         assert later[0] == pytest.approx(0.3 * 0.501)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModuleNotFoundError("no such module", name="torchvision"), "torchvision, which is not installed: pip install"),
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            "nms does not exist.: install one built for torch 2",
+        ),
+    ],
+    ids=["not installed", "built for another torch"],
+)
+def test_why_torchvision_is_not_there(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *args: object) -> object:
+        if name == "torchvision":
+            raise error
+        return real(name, *args)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(DataError, match=told):
+        load_data("mnist", Path("/nowhere"))

@@ -45,11 +45,11 @@ def evaluate(
 ) -> Evaluation:
     """The network's predictions and their metrics; of a variational one, with `n_samples` draws under `seed`.
 
-    With a title, it is shown how far this is.
+    Each batch of both sets meets the same weights, as in `uncertainty_of`, so that both tell the same figures. With a
+    title, it is shown how far this is.
     """
     images, labels = held_out
-    torch.manual_seed(seed)
-    log_p, others = (log_probabilities(network, inputs, n_samples, title) for inputs in (images, other))
+    log_p, others = (log_probabilities(network, inputs, n_samples, seed, title) for inputs in (images, other))
     entropies = [torch.special.entr(x.exp()).sum(1) for x in (log_p, others)]
     p = log_p.exp()
     metrics = {
@@ -81,19 +81,19 @@ def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
 
 def nll(network: nn.Module, images: Tensor, labels: Tensor, n_samples: int) -> float:
     """Of the predictive distribution, nats per image; torch's random numbers stay as they are."""
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        return float(F.nll_loss(log_probabilities(network, images, n_samples), labels))
+    return float(F.nll_loss(log_probabilities(network, images, n_samples, seed=0), labels))
 
 
 @torch.no_grad()
-def log_probabilities(network: nn.Module, inputs: Tensor, n_samples: int, title: str | None = None) -> Tensor:
+def log_probabilities(
+    network: nn.Module, inputs: Tensor, n_samples: int, seed: int, title: str | None = None
+) -> Tensor:
     """`(n, classes)`, in double precision: a mean of probabilities near 1 needs the digits for its logarithm."""
     parts = []
     for x in shown(inputs.split(BATCH), title):
         if isinstance(network, VariationalModule):
-            parts.append(Prediction(network.predict(x, n_samples=n_samples).samples.double()).probabilities().log())
+            samples = network.predict(x, n_samples=n_samples, seed=seed).samples
+            parts.append(Prediction(samples.double()).probabilities().log())
         else:
             parts.append(network.eval()(x).double().log_softmax(1))
     return torch.cat(parts)

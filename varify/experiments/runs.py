@@ -101,8 +101,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{path} can't be read: {error.strerror or error}") from error
         except Exception as error:  # torch and pickle raise all sorts on bytes that are none of theirs
-            text = str(error).splitlines()
-            raise RunError(f"{path} is damaged ({type(error).__name__}{': ' + text[0] if text else ''})") from error
+            raise RunError(f"{path} is no whole checkpoint ({type(error).__name__}); train it again") from error
         return state
 
     def report(self) -> dict[str, Any]:

@@ -27,9 +27,10 @@ def parsed_prior(text: str) -> priors.Prior:
     try:
         return priors.as_prior(name, **hyperparameters)
     except VarifyError as error:
+        if name not in priors.names():  # of which the error tells already
+            raise SettingsError(f"{error}{nearest(name, priors.names())}") from None
         told = str(error).removeprefix(f"prior {name!r}: ")
-        hint = nearest(name, priors.names()) if told.startswith("unknown") else ""
-        raise SettingsError(f"prior {text!r}: {told}{hint}") from None
+        raise SettingsError(f"prior {text!r}: {told}") from None
 
 
 def parsed_schedule(text: str) -> tuple[str, float | None]:

@@ -42,11 +42,10 @@ class Uncertainty:
 def uncertainty_of(
     vnet: varify.VariationalModule, inputs: Tensor, n_samples: int, seed: int, title: str | None = None
 ) -> Uncertainty:
-    """Of the inputs, `(n, channels, size, size)`, with `n_samples` draws of the weights."""
-    torch.manual_seed(seed)
+    """Of the inputs, `(n, channels, size, size)`, with `n_samples` draws of the weights, the same for each batch."""
     parts: dict[str, list[Tensor]] = {}
     for x in shown(inputs.split(BATCH), title):
-        prediction = varify.Prediction(vnet.predict(x, n_samples=n_samples).samples.double())
+        prediction = varify.Prediction(vnet.predict(x, n_samples=n_samples, seed=seed).samples.double())
         for kind in NORMALIZATIONS:
             pair = prediction.covariances(kind)
             for name, covariance in zip(("epistemic", "aleatoric"), pair, strict=True):

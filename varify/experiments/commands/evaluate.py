@@ -62,7 +62,7 @@ def report(training: Training, run: Run, other: Tensor, *, quiet: bool) -> None:
         },
     )
     run.write("picture.png", of_evaluations(found, settings.ood))
-    print(f"wrote checkpoint.pt, metrics.json and picture.png to {run.folder}")
+    print(f"wrote settings.toml, checkpoint.pt, metrics.json and picture.png to {run.folder}")
 
 
 def evaluations(

@@ -43,9 +43,16 @@ def _torchvision(name: str, classes: range | None = None) -> Callable[..., Image
 def _part(name: str, root: Path, train: bool, download: bool) -> Any:
     try:
         from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
+    except ModuleNotFoundError as error:
+        if error.name != "torchvision":
+            raise DataError(f"{name} needs torchvision, which lacks a module: {error}") from error
+        raise DataError(f"{name} needs torchvision, which is not installed: {INSTALL.format('vision')}") from error
+    except (ImportError, RuntimeError, OSError) as error:
         told = str(error).splitlines()[0]
-        raise DataError(f"{name} needs torchvision, {INSTALL.format('vision')}: {told}") from error
+        raise DataError(
+            f"{name} needs torchvision; the one that is installed can't be imported ({told}): install one built for "
+            f"torch {torch.__version__}"
+        ) from error
     try:
         return getattr(datasets, name)(root, train=train, download=download)
     except (OSError, RuntimeError) as error:
