@@ -1,6 +1,8 @@
-"""What mkdocs asks for while it builds: the committed results of benchmarks as tables."""
+"""What mkdocs asks for while it builds: the committed results of benchmarks as tables, and formulas as MathML."""
 
+import html
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,23 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     if MARK not in markdown:
         return markdown
     return markdown.replace(MARK, "\n\n".join(section(path) for path in sorted(RESULTS.glob("*.json"))))
+
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+
+
+def on_page_content(content: str, **_: object) -> str:
+    """The page with its formulas as every browser shows them by itself: nothing is loaded from elsewhere."""
+    return FORMULA.sub(
+        lambda found: mathml(html.unescape(found[2]), "block" if found[1] == "div" else "inline"), content
+    )
+
+
+def mathml(formula: str, display: str) -> str:
+    """Of LaTeX."""
+    from latex2mathml.converter import convert
+
+    return str(convert(formula, display=display))
 
 
 def section(path: Path) -> str:
