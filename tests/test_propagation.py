@@ -155,6 +155,21 @@ def test_functions_of_an_element_against_fine_quadrature(name: str) -> None:
     assert (got.var >= 0).all()
 
 
+@pytest.mark.parametrize(("f", "steepness"), [(torch.tanh, 1.0), (torch.sigmoid, 0.5), (F.gelu, 1.0), (F.silu, 1.0)])
+def test_quadrature_is_off_by_no_more_than_it_says_for_wide_inputs(f: Callable[[Any], Any], steepness: float) -> None:
+    z = torch.linspace(-9, 9, 90_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * z.square()) / torch.exp(-0.5 * z.square()).sum()
+    for std, error in ((2.0, 3e-4), (3.0, 3e-3), (5.0, 0.03), (10.0, 0.08)):
+        m = std / steepness * torch.linspace(-1.5, 1.5, 11, dtype=torch.float64)
+        values = f(m.unsqueeze(-1) + std / steepness * z)
+        mean = values @ density
+        spread = ((values - mean.unsqueeze(-1)).square() @ density).sqrt()
+        got = f(UncertainTensor(Uncertain(m, torch.full_like(m, (std / steepness) ** 2)))).gaussian
+        assert ((got.mean - mean).abs() / spread).max() < error
+        exact = torch.erf(UncertainTensor(Uncertain(m, torch.full_like(m, std**2)))).gaussian.mean
+        assert torch.allclose(exact, torch.erf(m.unsqueeze(-1) + std * z) @ density, atol=1e-8)
+
+
 IN_PLACE = (
     *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.ELU, nn.Hardtanh),
     *(nn.Mish, nn.Hardsigmoid, nn.CELU, nn.SELU),

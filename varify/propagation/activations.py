@@ -189,7 +189,13 @@ _NODES = _nodes()
 
 
 def quadrature(function: Callable[[Tensor], Tensor], x: Uncertain) -> Uncertain:
-    """Mean and variance of a smooth function of a Gaussian, by quadrature with `NODES` nodes."""
+    """Mean and variance of a smooth function of a Gaussian, by quadrature with `NODES` nodes.
+
+    These miss what happens between them where the input's standard deviation is large. Of tanh, the steepest here, the
+    mean is off by at most .0003 of the output's standard deviation at an input of standard deviation 2, by .003 at 3,
+    by .03 at 5 and by .08 at 10, and the standard deviation by up to .001, .009, .04 and .09 of itself. A sigmoid is a
+    tanh of half the input: it is off by as much at twice the standard deviation; the others by less.
+    """
     at_mean, s = function(x.mean), std_of(x.var)
     first, second = torch.zeros_like(at_mean), torch.zeros_like(at_mean)
     for node, weight in _NODES:
@@ -199,7 +205,13 @@ def quadrature(function: Callable[[Tensor], Tensor], x: Uncertain) -> Uncertain:
     return Uncertain(at_mean + first, (second - first.square()).clamp_min(0))
 
 
-@rule(torch.tanh, torch.sigmoid, torch.erf, _N.gelu, _N.silu, _N.mish, _N.softplus, _N.log_sigmoid, F.tanhshrink)
+@rule(torch.erf)
+def error_function(op: Op, input: Uncertain) -> Uncertain:
+    """Its mean exactly, erf(m/√(1 + 2v)); its variance by quadrature."""
+    return Uncertain(op(input.mean * torch.rsqrt(1 + 2 * input.var)), quadrature(op, input).var)
+
+
+@rule(torch.tanh, torch.sigmoid, _N.gelu, _N.silu, _N.mish, _N.softplus, _N.log_sigmoid, F.tanhshrink)
 @rule(_N.elu, torch.selu, torch.celu, _N.hardswish)
 def smooth(op: Op, input: Uncertain, *settings: object, **named: object) -> Uncertain:
     """A smooth activation, by quadrature; of the last four a derivative jumps, which costs digits."""
