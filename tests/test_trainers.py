@@ -222,3 +222,40 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         integrations.VariationalLightningModule  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'; there are VariationalLightningModule, Var"):
         integrations.Trainer  # noqa: B018
+
+
+def test_lightning_counts_the_data_of_this_fit_and_of_a_sampler(tmp_path: Path) -> None:
+    import lightning
+    from torch import nn
+    from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
+    from torch.utils.data.distributed import DistributedSampler
+
+    from varify.analysis.evidence import total_of
+    from varify.integrations import VariationalLightningModule
+
+    def data(n: int) -> TensorDataset:
+        return TensorDataset(torch.randn(n, 3), torch.randn(n, 1))
+
+    module = VariationalLightningModule(varify.variationalize(nn.Linear(3, 1)), nn.functional.mse_loss)
+    fixed = VariationalLightningModule(varify.variationalize(nn.Linear(3, 1)), nn.functional.mse_loss, num_data=1000)
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    for loader, num_data in (
+        (DataLoader(data(16), batch_size=8), 16),
+        (DataLoader(data(48), batch_size=8), 48),
+        (DataLoader(data(48), batch_size=8, sampler=SubsetRandomSampler(range(16))), 16),
+    ):
+        for trained, expected in ((module, num_data), (fixed, 1000)):
+            trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+            trainer.fit(trained, loader)
+            assert trained.elbo.num_data == expected
+    everything = data(48)
+    for sampler in (
+        DistributedSampler(everything, num_replicas=4, rank=1),
+        RandomSampler(everything, replacement=True, num_samples=500),
+    ):
+        assert total_of(module.vnet, DataLoader(everything, sampler=sampler)) == 48

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
 
 from varify.analysis.batch import output_of
 from varify.module import VariationalModule
@@ -50,8 +50,14 @@ def total_of(network: nn.Module, loader: Iterable[Any] | None) -> int | None:
     """How many data a loader has, where that can be told without going through it."""
     if isinstance(loader, (list, tuple)):
         return sum(size_of(network, inputs) for inputs, _ in loader)
-    sources: tuple[Any, ...] = (loader.sampler, loader.dataset) if isinstance(loader, DataLoader) else ()
-    return next((len(source) for source in sources if hasattr(source, "__len__")), None)
+    sampler: Any = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        sampler = sampler.dataset  # it has a share of them, one for each process
+    elif isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
+        sampler = None  # its length is how many of them an epoch takes
+    return next(
+        (len(source) for source in (sampler, getattr(loader, "dataset", None)) if hasattr(source, "__len__")), None
+    )
 
 
 class Running:

@@ -6,6 +6,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from varify.analysis.evidence import total_of
 from varify.any_network import predict
 from varify.errors import ArgumentError
 from varify.network.arguments import unpack
@@ -24,7 +25,8 @@ class VariationalLightningModule(lightning.LightningModule):  # type: ignore[mis
     Args:
         vnet: a variational module, or any network with variational parts.
         criterion: `(output, targets)` to a mean over the batch; a likelihood with parameters is trained along.
-        num_data: size of the training set. Default: the length of the training loader's data set.
+        num_data: size of the training set. Default: the length of the training loader's data set, or of a sampler that
+            takes a part of it, read again in each `fit`.
         beta: weight of the KL, as for `ELBO`.
         n_samples: forwards a step, as for `ELBO`.
         lr: of the means, for `configure_optimizers`, which is Adam.
@@ -54,18 +56,20 @@ class VariationalLightningModule(lightning.LightningModule):  # type: ignore[mis
         self.lr, self.rho_lr, self.n_draws = lr, rho_lr, n_draws
         self._objective: dict[str, Any] = {"beta": beta, "n_samples": n_samples}
         self._elbo = ELBO(num_data=1 if num_data is None else num_data, **self._objective)  # checks them now
-        self._knows_num_data = num_data is not None
+        self._reads_num_data, self._knows_num_data = num_data is None, num_data is not None
 
     @property
     def elbo(self) -> ELBO:
         """The objective."""
         if not self._knows_num_data:
             try:
-                num_data = len(self.trainer.train_dataloader.dataset)
-            except (AttributeError, TypeError, RuntimeError):
+                num_data = total_of(self.vnet, self.trainer.train_dataloader)
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                num_data = None
+            if num_data is None:
                 raise ArgumentError(
                     "num_data must be given, the size of the training set: it can't be read off the training loader"
-                ) from None
+                )
             self._elbo = ELBO(num_data=num_data, **self._objective)
             self._knows_num_data = True
         return self._elbo
@@ -73,6 +77,10 @@ class VariationalLightningModule(lightning.LightningModule):  # type: ignore[mis
     def forward(self, *args: object, **kwargs: object) -> Any:
         """The network's: one draw in training, the means else."""
         return self.vnet(*args, **kwargs)
+
+    def on_fit_start(self) -> None:
+        """Has `num_data` read anew: a later fit may be to other data."""
+        self._knows_num_data = not self._reads_num_data
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
