@@ -55,9 +55,8 @@ def total_of(network: nn.Module, loader: Iterable[Any] | None) -> int | None:
         sampler = sampler.dataset  # it has a share of them, one for each process
     elif isinstance(sampler, (RandomSampler, WeightedRandomSampler)):
         sampler = None  # its length is how many of them an epoch takes
-    return next(
-        (len(source) for source in (sampler, getattr(loader, "dataset", None)) if hasattr(source, "__len__")), None
-    )
+    sources: tuple[Any, ...] = (sampler, getattr(loader, "dataset", None))
+    return next((len(source) for source in sources if hasattr(source, "__len__")), None)
 
 
 class Running:
