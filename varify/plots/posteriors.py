@@ -111,7 +111,7 @@ def snr(
     share = ax.twinx()
     share.plot(ordered.numpy(), torch.linspace(0, 1, len(ordered)).numpy(), color=ORANGE)
     if far:
-        share.set_xlim(left=low)
+        share.set_xlim(low, float(ordered[-1]))
     share.set(ylim=(0, 1), ylabel="share of weights below")
     share.yaxis.label.set_color(ORANGE)
     ax.axvline(0, color=GREY, linestyle=":")
