@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import varify
-from varify.analysis.symptoms import CHECKS
+from varify.analysis.checks import CHECKS
 from varify.experiments.cli import parsers, run
 from varify.experiments.commands import COMMANDS
 from varify.experiments.opened import open_run

@@ -59,7 +59,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     monkeypatch.setitem(sys.modules, "page", page)
     page.__dict__.update(torch=torch, nn=nn, F=nn.functional, varify=varify, x=x, y=y, train_set=train_set)
     page.__dict__.update(net=Net(), pretrained=Net(), vnet=vnet, pred=vnet.predict(x), elbo=varify.ELBO(num_data=20))
-    page.__dict__.update(loader=DataLoader(train_set, 8), validation_loader=DataLoader(train_set, 8))
+    held_out = TensorDataset(torch.randn(16, 4), torch.randint(3, (16,)))
+    page.__dict__.update(loader=DataLoader(train_set, 8), validation_loader=DataLoader(held_out, 8))
     tables = registry._BY_NAME, inits._BY_NAME, rules._RULES, kl._RULES
     before = [dict(table) for table in tables]
     yield page.__dict__

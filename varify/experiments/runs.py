@@ -98,7 +98,7 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        except OSError as error:
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             raise RunError(f"{path} can't be read: {error.strerror or error}") from error
         except Exception as error:  # torch and pickle raise all sorts on bytes that are none of theirs
             raise RunError(f"{path} is no whole checkpoint ({type(error).__name__}); train it again") from error
