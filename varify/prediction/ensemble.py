@@ -133,6 +133,9 @@ class Ensemble:
         Memory: the draws, the outputs of all draws for one batch a few times, and what is kept, twice at the end. So
         10,000 inputs with 100 draws of 1,000 classes take 8 GB if all samples are kept, and below 1 GB with
         `keep=lambda prediction: (prediction.mean, prediction.std, prediction.entropy())` in batches of at most 200.
+        Quantiles are exact as well, since all draws of a batch are there at once: `prediction.interval(0.9)`, or
+        `prediction.quantile(q)` of one q each (of several they would be joined along the levels). Sorting takes three
+        times the outputs of a batch meanwhile.
 
         Args:
             loader: of batches. Tensors are moved to the network's device.
