@@ -4,7 +4,8 @@
 
 Ways: the default; all draws vectorized; one after another; `joint=False`; an ensemble, whose draws are kept. They and
 the plain network's forwards take turns, so that a change of the machine's speed meets all of them alike; the median of
-the turns' ratios is given. The last row is a Bayesian head on a plain ResNet-18, 1,000 draws, in times of one forward.
+the turns' ratios is given (of processor time on one CPU thread). The last row is a Bayesian head on a plain ResNet-18,
+1,000 draws, in times of one forward.
 """
 
 import argparse
@@ -76,11 +77,13 @@ CASES = [
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
+    # of this process alone, where one thread computes: what else runs there changes it less
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measured(case: Case, device: torch.device, budget: float) -> dict[str, Any]:
