@@ -160,11 +160,11 @@ def test_the_importance_weighted_bound() -> None:
     bounds = {}
     for n_samples in (1, 20, 500):
         objective = ELBO(num_data=1, n_samples=n_samples, bound="importance_weighted")
-        repeats = 40_000 // n_samples // (1 if n_samples > 1 else 10)
-        losses = torch.stack([objective(vnet, likelihood, x, y).loss.detach() for _ in range(min(repeats, 2000))])
+        repeats = 20_000 // n_samples // (1 if n_samples > 1 else 20)
+        losses = torch.stack([objective(vnet, likelihood, x, y).loss.detach() for _ in range(repeats)])
         bounds[n_samples] = (-losses.mean().item(), losses.std().item() / len(losses) ** 0.5)
-    terms = [ELBO(num_data=1, beta=1.0)(vnet, likelihood, x, y).loss.detach() for _ in range(4000)]
-    elbo, error = -torch.stack(terms).mean().item(), torch.stack(terms).std().item() / 4000**0.5
+    terms = [ELBO(num_data=1, beta=1.0)(vnet, likelihood, x, y).loss.detach() for _ in range(1000)]
+    elbo, error = -torch.stack(terms).mean().item(), torch.stack(terms).std().item() / 1000**0.5
     assert abs(bounds[1][0] - elbo) < 5 * (error + bounds[1][1])
     assert bounds[1][0] + 5 * bounds[1][1] < bounds[20][0] < evidence + 5 * bounds[20][1]
     assert abs(bounds[500][0] - evidence) < 5 * bounds[500][1] + 0.005  # the bias falls as 1/S
