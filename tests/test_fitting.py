@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import varify
 from tests.networks import CASES, Recurrent, TiedLanguageModel, seeded
 from varify import posteriors
-from varify.analysis import fit_prior
+from varify.analysis import fit_prior, fit_sigma
 from varify.weights.posterior import PRUNED
 
 
@@ -90,6 +91,24 @@ def test_fit_sigma_on_any_network(case: str) -> None:
         squares += 0 if gradient is None else gradient**2
     q = vnet.posteriors[name]
     torch.testing.assert_close(q.sigma, expected_sigma(squares, 1, 1, q.prior.std), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "ggn"])
+def test_the_curvature_keeps_no_graph_of_the_data(curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are not variational learn too: through these, sums over the data would hold every datum's graph."""
+    vnet = varify.variationalize(nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)))
+    assert vnet.module[1].weight.requires_grad
+    over_data, found = fit_sigma._over_data, []
+
+    def recorded(*args: object) -> Iterator[dict[str, Tensor]]:
+        for squares in over_data(*args):
+            found.extend(squares.values())
+            yield squares
+
+    monkeypatch.setattr(fit_sigma, "_over_data", recorded)
+    varify.fit_sigma(vnet, DataLoader(data(), batch_size=5), F.cross_entropy, num_data=10, curvature=curvature)
+    assert found
+    assert not any(square.requires_grad for square in found)
 
 
 def test_bad_fits_change_nothing() -> None:

@@ -132,6 +132,7 @@ class _Squares:
             _, self._keeps = watched(lambda theta: self._output(theta, one), theta)
         return self._keeps
 
+    @torch.no_grad()  # beyond the transform's own: deterministic parameters learn, and sums would keep every graph
     def transformed(self, theta: Weights, one: object) -> Squares:
         """The squares by torch.func, which can be vectorized."""
         if self._fisher:
