@@ -105,9 +105,9 @@ def of_efficientnet(root: Path, seed: int) -> Setting:
     with torch.no_grad():
         features = torch.cat([network(part) for part in x[:1000].split(100)])
     network._fc = trained(head, features, y, 30)
-    parts = [(x[chosen], labels[chosen]) for chosen in (held_out[:200], held_out[200:])]
+    parts = [(x[chosen], labels[chosen]) for chosen in (held_out[:150], held_out[150:650])]
     # one pass backward a datum, and no linear expansion: this is a network of 3.4 million weights
-    return Setting(network, (x[:1000], y), *parts, 1000, "fisher", 16, 8, WAYS[:3])
+    return Setting(network, (x[:1000], y), *parts, 1000, "fisher", 8, 4, WAYS[:3])
 
 
 SETTINGS: dict[str, Callable[[Path, int], Setting]] = {
@@ -142,7 +142,7 @@ def study(setting: Setting, seed: int, curvature: str | None) -> list[dict[str, 
     rows = [measured(seed, "plain", p, y)]
     fitted = varify.variationalize(setting.network, prior="gaussian")
     fitting, validation = (
-        list(zip(*(t.split(100) for t in part), strict=True)) for part in (setting.fitting, setting.validation)
+        list(zip(*(t.split(25) for t in part), strict=True)) for part in (setting.fitting, setting.validation)
     )
     kind = curvature or setting.curvature
     varify.fit_sigma(fitted, fitting, F.cross_entropy, num_data=setting.num_data, curvature=kind)
