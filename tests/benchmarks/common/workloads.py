@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests import operators
+
+operators.declare()  # timm and transformers import torchvision, which may not be built for this torch
 NUM_DATA = 60_000
 
 
