@@ -171,9 +171,9 @@ class _Squares:
             kind = type(output).__name__
             raise ArgumentError(f"curvature='ggn' needs a network with one output tensor, got a {kind}; take 'fisher'")
         second = jacrev(jacrev(lambda y: self._loss(y, one)))(output.detach())
-        wide = second.reshape(output.numel(), -1).to(
-            torch.promote_types(output.dtype, torch.float32)
-        )  # no half in eigh
+        size = output.numel()
+        # eigh has no half precision
+        wide = second.reshape(size, size).to(torch.promote_types(output.dtype, torch.float32))
         values, vectors = torch.linalg.eigh(wide)
         roots: Tensor = (vectors * values.clamp_min(0).sqrt()).T.reshape(-1, *output.shape).to(output.dtype)
         return roots
