@@ -27,7 +27,7 @@ def sigma_by_hand(network: nn.Module, nlls: Iterable[Callable[[nn.Module], Tenso
 
 def fitted(network: nn.Module, loader: Any, criterion: Any = F.mse_loss, **options: Any) -> dict[str, Tensor]:
     vnet = varify.variationalize(network, prior=varify.priors.Gaussian(std=PRIOR_STD))
-    varify.fit_sigma(vnet, loader, criterion, num_data=NUM_DATA, **options)
+    varify.fit_sigma(vnet, loader, criterion, num_data=NUM_DATA, temperature=1, **options)
     return {name: q.sigma for name, q in vnet.posteriors.items()}
 
 

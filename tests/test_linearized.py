@@ -288,7 +288,7 @@ def test_a_laplace_posterior_at_temperature_1_keeps_the_accuracy_of_a_lenet() ->
             F.cross_entropy(network(x[batch]), y[batch]).backward()
             optimizer.step()
     vnet = varify.variationalize(network.eval(), prior="gaussian")
-    varify.fit_sigma(vnet, [(x, y)], F.cross_entropy, num_data=300)
+    varify.fit_sigma(vnet, [(x, y)], F.cross_entropy, num_data=300, temperature=1)
     held_out, labels = images.test, images.test_labels
     share = lambda p: (p.argmax(1) == labels).double().mean().item()  # noqa: E731
     plain = share(vnet.eval()(held_out))

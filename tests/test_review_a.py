@@ -470,7 +470,9 @@ def test_fit_sigma_of_a_pruned_network_is_at_its_zeros(curvature: str) -> None:
         for q in vnet.posteriors.values():  # as momentum would
             q.mu += 0.5 * (q.fixed == 2)
     x, y = torch.randn(6, 3), torch.randn(6, 2)
-    varify.fit_sigma(vnet, [(x, y)], lambda a, b: (a - b).square().sum() / 2, num_data=30, curvature=curvature)
+    varify.fit_sigma(
+        vnet, [(x, y)], lambda a, b: (a - b).square().sum() / 2, num_data=30, curvature=curvature, temperature=1
+    )
     for name, parameter in pruned.named_parameters():
         squares = torch.zeros_like(parameter)
         for one, target in zip(x.double(), y.double(), strict=True):

@@ -42,6 +42,13 @@ class Batch:
         """(args, kwargs, targets) of a batch of datum `i` alone."""
         return self.of([x[i] if n else x for x, n in zip(self.columns(), self.entries, strict=True)])
 
+    def first(self, n: int) -> "Batch":
+        """Its first n data, of as many as there are."""
+        n = min(n, self.size)
+        return Batch(
+            [x[: n * k] if k else x for x, k in zip(self.leaves, self.entries, strict=True)], self.spec, self.entries, n
+        )
+
     def of(self, leaves: Iterable[Any]) -> Any:
         """(args, kwargs, targets) with other leaves."""
         return pytree.tree_unflatten(list(leaves), self.spec)

@@ -10,7 +10,9 @@ import torch
 
 from varify.analysis import data_of_sigmas
 from varify.analysis.predictive_nll import PredictiveNLL
-from varify.analysis.searching import last_within, minimum
+from varify.analysis.searching import minimum
+from varify.analysis.splitting import Batches
+from varify.analysis.tfb import widest
 from varify.errors import ArgumentError, ModelError, VarifyWarning, one_of, positive_int, positive_number
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded
@@ -78,15 +80,17 @@ def fit_temperature(
             VarifyWarning,
             stacklevel=3,
         )
-    nll = PredictiveNLL(vnet, loader, criterion, n_samples, batched, linearized)
+
+    def batches() -> Batches:
+        return Batches(vnet, list(loader) if iter(loader) is loader else loader, criterion, batched)
+
+    nll = PredictiveNLL(vnet, vnet.posteriors, batches, criterion, n_samples, linearized)
     with nll.kept_noise():
         if rule == "nll":
             found = minimum(lambda log_t: nll(math.exp(log_t)), low, high, TOLERANCE)
             best = nll(math.exp(found))
         else:
-            best = nll(0.0)
-            limit = best + tolerance * abs(best)
-            within = last_within(lambda log_t: nll(math.exp(log_t)), limit, low, high, TOLERANCE)
+            best, within = widest(nll, tolerance, low, high, TOLERANCE)
             found = low if within is None else within
     if not math.isfinite(best):
         raise ArgumentError(f"the criterion must be finite at some temperature, got {best}")

@@ -1,7 +1,7 @@
 """The negative log likelihood of what all draws predict together, at any scale of the posteriors' variances."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from varify.analysis.batch import Batch, output_of
-from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError
 from varify.module import VariationalModule
 from varify.objective.elbo import Criterion, loss_of
@@ -17,6 +16,7 @@ from varify.posteriors import cuda_devices
 from varify.prediction.linearizing import Linearized
 from varify.prediction.vectorizing import vectorized, watched
 from varify.weights.draw import draw, seeded
+from varify.weights.posterior import GaussianPosterior
 from varify.within import means_of
 
 
@@ -25,30 +25,29 @@ class PredictiveNLL:
 
     Args:
         vnet: without variational modules within.
-        loader: see `fit_temperature`, as are `criterion`, `n_samples` and `batched`.
-        criterion: likewise.
+        posteriors: at temperature 1, by name: those of vnet, or others for it.
+        batches: makes the data, which are traversed for each temperature. It is called once, with the noise kept, for a
+            loader may draw a number of its own.
+        criterion: see `fit_temperature`, as are `n_samples` and `linearized`.
         n_samples: likewise.
-        batched: likewise.
         linearized: likewise.
     """
 
     def __init__(
         self,
         vnet: VariationalModule,
-        loader: Iterable[Any],
+        posteriors: Mapping[str, GaussianPosterior],
+        batches: Callable[[], Iterable[Batch]],
         criterion: Criterion,
         n_samples: int,
-        batched: object,
         linearized: bool,
     ) -> None:
-        # before the loader is asked for anything, which draws a number of its own
         self._seed, self._devices = int(torch.randint(2**62, ())), cuda_devices(vnet.posteriors)
-        self._vnet, self._criterion, self._n_samples = vnet, criterion, n_samples
+        self._vnet, self._posteriors, self._criterion, self._n_samples = vnet, posteriors, criterion, n_samples
         self._means = means_of(vnet)
         self._linearized = linearized
         with self.kept_noise():
-            self._loader = list(loader) if iter(loader) is loader else loader
-        self._splitter = Splitter(vnet, self._loader, criterion, batched)
+            self._batches = batches()
         self._vectorizes: bool | None = None
 
     def kept_noise(self) -> AbstractContextManager[None]:
@@ -61,12 +60,9 @@ class PredictiveNLL:
         Raises:
             ArgumentError: an empty loader, a criterion without a scalar, or data that can't be told apart.
         """
-        posteriors = {name: q.tempered(t) for name, q in self._vnet.posteriors.items()} if t else {}
+        posteriors = {name: q.tempered(t) for name, q in self._posteriors.items()} if t else {}
         total, seen = 0.0, 0
-        for inputs, targets in self._loader:
-            batch = self._splitter.split(inputs, targets)
-            if not batch.size:
-                continue
+        for batch in self._batches:
             with self.kept_noise():
                 thetas = (draw(posteriors) for _ in range(self._n_samples)) if t else [self._means]
                 nlls = torch.stack([self._of_data(theta, batch) for theta in thetas])

@@ -1,7 +1,7 @@
 """Find out which tensors of a batch have an entry for each datum."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any
 
@@ -17,6 +17,26 @@ from varify.objective.elbo import Criterion, check_criterion, loss_of
 
 # With at most this many tensors of one length, all their combinations are tried: 63.
 MOST_TRIED = 6
+
+
+class Batches:
+    """The batches of a loader, split into single data, as often as the loader can be traversed; none is empty.
+
+    Args:
+        vnet: see `Splitter`, as are the others.
+        loader: likewise.
+        criterion: likewise.
+        batched: likewise.
+    """
+
+    def __init__(self, vnet: VariationalModule, loader: Iterable[Any], criterion: Criterion, batched: object) -> None:
+        self._loader, self._splitter = loader, Splitter(vnet, loader, criterion, batched)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self._loader:
+            batch = self._splitter.split(inputs, targets)
+            if batch.size:
+                yield batch
 
 
 class Splitter:
