@@ -57,13 +57,14 @@ class Recipe:
             `FIT_EVERY`th step, or a number; "fitted:30" leaves the first 30 % of the steps to std 1.
         sigma: start: "relative:SCALE" of the prior's std, "constant:SIGMA", or "weights:SCALE" of their root mean
             square.
-        beta: weight of the KL: "auto:C" for C · num_data / number of variational weights, at most 1, or a number.
+        beta: weight of the KL: "auto:C" for C·max(r, √r) with r = num_data / number of variational weights,
+            "linear:C" for C·r, at most 1, or a number.
         rho_lr: rate of the rho's, as a multiple of that of the means.
     """
 
     prior: str = "1.0"
-    sigma: str = "weights:0.1"
-    beta: str = "auto:0.1"
+    sigma: str = "weights:0.03"
+    beta: str = "auto:0.03"
     estimator: str = "auto"
     rho_lr: float = 5.0
 
@@ -91,10 +92,11 @@ def convert(network: nn.Module, recipe: Recipe) -> varify.VariationalModule:
 def weight_of_kl(vnet: varify.VariationalModule, num_data: int, recipe: Recipe) -> float | str:
     if recipe == DEFAULT:
         return "auto"
-    if not recipe.beta.startswith("auto:"):
+    kind, _, factor = recipe.beta.partition(":")
+    if not factor:
         return float(recipe.beta)
-    factor = float(recipe.beta.partition(":")[2])
-    return min(1.0, factor * num_data / sum(q.rho.numel() for q in vnet.posteriors.values()))
+    r = num_data / sum(q.rho.numel() for q in vnet.posteriors.values())
+    return min(1.0, float(factor) * (max(r, math.sqrt(r)) if kind == "auto" else r))
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -9,8 +9,8 @@
   CIFAR, fitted to 1,000 images at 96×96; all of its convolutions become variational as well.
 
 `fit_sigma` then makes it Bayesian. It predicts at its default temperature, at 1, and at those that `fit_temperature`
-finds on held-out data by either rule; by draws of the weights, and by the linear expansion at the means. All figures are
-of other held-out data. No number is chosen by hand. DIR is that of `tests.benchmarks.defaults`.
+finds on held-out data by either rule; by draws of the weights, and by the linear expansion at the means. All figures
+are of other held-out data. No number is chosen by hand. DIR is that of `tests.benchmarks.defaults`.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from varify.within import learns_undrawn, pairs_draws, prior_loss, required_part
 
 BOUNDS = ("elbo", "importance_weighted")
 Criterion = Callable[[Any, Any], Tensor]
+KL_FACTOR = 0.03  # the weight of the KL with one datum for each variational weight
 
 
 class Terms(NamedTuple):
@@ -79,7 +80,7 @@ class ELBO:
     def __repr__(self) -> str:
         beta = repr(self._beta)
         if isinstance(self._beta, str):  # with the reason in short
-            beta += f" (num_data / (10 variational weights), at most 1: {self._found or 'known at the first call'})"
+            beta += f" (by data for each variational weight, see kl_weight: {self._found or 'known at the first call'})"
         return f"ELBO(num_data={self.num_data}, n_samples={self.n_samples}, beta={beta}, bound={self.bound!r})"
 
     @property
@@ -202,13 +203,15 @@ class ELBO:
 
 
 def kl_weight(network: nn.Module, num_data: int) -> float:
-    """The weight of the KL that `ELBO(beta="auto")` takes: num_data / (10 · number of variational weights), at most 1.
+    r"""The weight of the KL that `ELBO(beta="auto")` takes: 0.03·max(r, √r), at most 1, of r data for each weight.
 
-    With ten data for each weight the loss is the evidence lower bound. A network with fewer tends to end near its prior
-    under the whole of it, the more so the wider it is: the KL of a mean-field posterior grows with every weight, and
-    what the data say does not (Coker et al. 2022, arXiv:2106.07052). Below ten the KL counts in proportion, which is a
-    colder posterior and no bound. Weights with a mask (padding, pruned) count as well. The factor was found by
-    measurement: `tests/benchmarks/defaults.py`.
+    r is num_data / number of variational weights. With 33 data for each weight the loss is the evidence lower bound. A
+    network with fewer tends to end near its prior under the whole of it, the more so the wider it is: the KL of a
+    mean-field posterior grows with every weight, and what the data say does not (Coker et al. 2022, arXiv:2106.07052).
+    There the KL counts less, which is a colder posterior and no bound: in proportion to r, and with less than one datum
+    for each weight to its root, since of such a network many weights are not determined by the data, whose spread costs
+    little. Weights with a mask (padding, pruned) count as well. Form and factor were found by measurement:
+    `tests/benchmarks/defaults.py`.
 
     Args:
         network: a variational module, or any module with variational parts.
@@ -218,7 +221,8 @@ def kl_weight(network: nn.Module, num_data: int) -> float:
         ModelError: nothing in `network` is variational.
     """
     weights: int = sum(rho.numel() for part in required_parts(network) for rho in part.rho.parameters())
-    return min(1.0, positive_int("num_data", num_data) / (10 * max(weights, 1)))
+    r = positive_int("num_data", num_data) / max(weights, 1)
+    return min(1.0, KL_FACTOR * max(r, math.sqrt(r)))
 
 
 def check_criterion(criterion: object) -> None:
