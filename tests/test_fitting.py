@@ -441,7 +441,7 @@ def test_the_default_temperature_is_of_the_first_data_and_takes_one_random_numbe
     torch.manual_seed(0)
     torch.randint(2**62, ())
     assert torch.equal(after, torch.rand(3))
-    assert seen == [120, 120, 16]
+    assert seen == [120, 8]
 
 
 def test_the_default_temperature_keeps_masks_and_leaves_the_network_as_it_was_after_an_error() -> None:

@@ -18,7 +18,7 @@ from varify.weights.posterior import GaussianPosterior, softplus_inverse
 from varify.within import check_variational, means_of
 
 # The default temperature is found on the first of the data, at most so many.
-ANCHORS = 256
+ANCHORS = 128
 
 
 def fit_sigma(
