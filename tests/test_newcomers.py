@@ -148,9 +148,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_an_elbo_prints_what_it_is() -> None:
     assert repr(ELBO(num_data=9, beta=1.0)) == "ELBO(num_data=9, n_samples=1, beta=1.0, bound='elbo')"
     elbo = ELBO(num_data=9)
-    assert "beta='auto' (num_data / (10 variational weights), at most 1: known at the first call)" in repr(elbo)
+    assert "beta='auto' (by data for each variational weight, see kl_weight: known at the first call)" in repr(elbo)
     elbo(vnet_of(), F.cross_entropy, torch.ones(2, 4), torch.tensor([0, 1]))
-    assert f"at most 1: {9 / 670}" in repr(elbo)
+    assert f"see kl_weight: {0.03 * (9 / 67) ** 0.5:.6f}" in repr(elbo)
     assert "beta=warm_up(10, end=1.0)" in repr(ELBO(num_data=9, beta=schedules.warm_up(10)))
     for made in (schedules.uniform(3), schedules.blundell(3), schedules.cyclical(8, end=0.5)):
         assert made(0) == eval(f"schedules.{made!r}")(0)

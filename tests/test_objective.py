@@ -134,7 +134,8 @@ def test_validation_and_sampling_in_eval_mode_are_silent() -> None:
 def test_the_kls_weight_by_itself() -> None:
     vnet, x, y = problem()
     count = sum(p.numel() for p in vnet.module.parameters())
-    for num_data, expected in ((5, 5 / (10 * count)), (10 * count, 1.0), (10**6, 1.0)):
+    assert count == 8
+    for num_data, expected in ((5, 0.03 * 0.625**0.5), (8, 0.03), (16, 0.06), (160, 0.6), (267, 1.0), (10**6, 1.0)):
         elbo = ELBO(num_data=num_data)
         assert elbo.beta is None
         terms = elbo(vnet, F.cross_entropy, x, y)
@@ -142,10 +143,23 @@ def test_the_kls_weight_by_itself() -> None:
         assert terms.loss.item() == pytest.approx(terms.nll.item() + expected * terms.kl.item() / num_data, rel=1e-5)
         assert terms.kl.item() == pytest.approx(vnet.prior_loss().item(), rel=1e-5)
     head = nn.Sequential(nn.Linear(3, 3), varify.variationalize(nn.Linear(3, 2)))
-    assert varify.kl_weight(head, 20) == 20 / 80  # of the variational part alone
+    assert varify.kl_weight(head, 20) == pytest.approx(0.03 * 20 / 8)  # of the variational part alone
     objective = ELBO(num_data=5, bound="importance_weighted")
     objective(vnet, F.cross_entropy, x, y)
     assert objective.beta == 1.0  # else it would be no bound
+
+
+@pytest.mark.parametrize("weights", [1, 40, 300])
+def test_the_kls_weight_by_data_for_each_weight(weights: int) -> None:
+    """By their root below one datum for each, in proportion above, and 1 above 33; it rises, and nowhere jumps."""
+    network = varify.variationalize(nn.Linear(weights, 1, bias=False))
+    found = torch.tensor([varify.kl_weight(network, n) for n in range(1, 40 * weights + 1)])
+    by_root, in_proportion, bound = found[:weights], found[weights - 1 : 33 * weights], found[34 * weights :]
+    torch.testing.assert_close(by_root, (9e-4 / weights * torch.arange(1, weights + 1)).sqrt())
+    torch.testing.assert_close(in_proportion, 0.03 / weights * torch.arange(weights, 33 * weights + 1))
+    assert torch.equal(bound, torch.ones(6 * weights))
+    assert (found[: 33 * weights].diff() > 0).all()
+    assert found[weights - 1 :].diff().max() < 0.0301 / weights + 1e-6  # no jump where the root, the line and 1 meet
 
 
 def test_the_importance_weighted_bound() -> None:
