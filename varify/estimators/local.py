@@ -13,10 +13,11 @@ from varify.estimators.arguments import broadcast, lookups, mean_of, no_bias, re
 from varify.estimators.rules import CONVOLUTIONS, LINEAR, TRANSPOSED, Op, rule
 from varify.weights.fused import is_plain
 from varify.weights.moments import Moments
+from varify.weights.noise import normal_like
 
 
 def _with_noise(mean: Tensor, var: Tensor) -> Tensor:
-    eps = torch.randn_like(mean, requires_grad=False)
+    eps = normal_like(mean)
     if is_plain():
         noisy: Tensor = _Noisy.apply(mean, var, eps)  # type: ignore[no-untyped-call]
         return noisy
@@ -108,7 +109,7 @@ def local_embedding(op: Op, input: Tensor, weight: Moments, **settings: object) 
     """Noise for the rows looked up only; a row that is looked up twice gets two noises."""
     mean: Tensor = op(input, weight.mu, **settings)
     sigma: Tensor = op(input, weight.sigma, **settings)
-    return mean + (sigma * torch.randn_like(sigma)).to(mean.dtype)
+    return mean + (sigma * normal_like(sigma)).to(mean.dtype)
 
 
 @rule("local", "add", of=("input", "other"), refuses=scaled, uses=broadcast)
@@ -116,7 +117,7 @@ def local_add(op: Op, input: Any, other: Any, **scales: Any) -> Tensor:
     """`x + w` with one noise per output element."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x + w.mu
-    return mean + w.sigma.to(mean.dtype) * torch.randn_like(mean)
+    return mean + w.sigma.to(mean.dtype) * normal_like(mean)
 
 
 @rule("local", "mul", of=("input", "other"), uses=broadcast)
@@ -124,5 +125,5 @@ def local_mul(op: Op, input: Any, other: Any) -> Tensor:
     """`x * w` with one noise per output element."""
     x, w = (other, input) if isinstance(input, Moments) else (input, other)
     mean: Tensor = x * w.mu
-    noise: Tensor = x * w.sigma.to(mean.dtype) * torch.randn_like(mean)
+    noise: Tensor = x * w.sigma.to(mean.dtype) * normal_like(mean)
     return mean + noise

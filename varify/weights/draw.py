@@ -11,6 +11,7 @@ from torch import Tensor
 from varify.weights.fused import LARGE, is_ordinary, is_plain
 from varify.weights.fused import draws as fused_draws
 from varify.weights.kl import Posterior
+from varify.weights.noise import normals_like
 from varify.weights.posterior import GaussianPosterior, cast
 
 
@@ -23,10 +24,10 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
     """
     theta: dict[str, Tensor] = {}
     plain, differentiable, small = is_plain(), torch.is_grad_enabled(), _Together()
+    known = {} if noise is None else noise
+    known.update(fresh_noise({name: q for name, q in posteriors.items() if name not in known}))
     for name, q in posteriors.items():
-        eps = q.noise() if noise is None or name not in noise else noise[name]
-        if noise is not None:
-            noise[name] = eps
+        eps = known[name]
         theta[name] = eps  # in this order
         if not (plain and _is_fused(q, eps)):
             theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
@@ -40,6 +41,14 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
             (theta[name],) = fused_draws([q.mu], [q.rho], [q.known_sigma()], [eps])
     theta.update(small.drawn())
     return theta
+
+
+def fresh_noise(posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
+    """Eps of a draw of every parameter by name, filled together."""
+    if any(type(q) is not GaussianPosterior for q in posteriors.values()):
+        return {name: q.noise() for name, q in posteriors.items()}
+    rhos = [q.rho for q in posteriors.values() if type(q) is GaussianPosterior]
+    return dict(zip(posteriors, normals_like(rhos), strict=True))
 
 
 def _is_fused(q: Posterior, eps: Tensor) -> TypeGuard[GaussianPosterior]:

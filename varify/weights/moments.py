@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from varify.weights.fused import is_plain
+from varify.weights.noise import normal_like
 
 
 class Examples(NamedTuple):
@@ -58,7 +59,7 @@ class SharedNoise:
     """
 
     def __init__(self, sigma: Tensor, dtype: torch.dtype, number: int) -> None:
-        self.perturbation = (sigma * torch.randn_like(sigma)).to(dtype)
+        self.perturbation = (sigma * normal_like(sigma)).to(dtype)
         self.signs = [_random_signs(number, size, self.perturbation) for size in sigma.shape or (1,)]
 
 
@@ -111,7 +112,7 @@ class Moments:
     def perturbation(self) -> Tensor:
         """sigma·eps, eps ~ N(0, 1), in the network's dtype."""
         if self._shared is None:
-            return (self.sigma * torch.randn_like(self.sigma)).to(self.mu.dtype)
+            return (self.sigma * normal_like(self.sigma)).to(self.mu.dtype)
         shared = self._shared.perturbation
         return (shared.T if self._transposed else shared).to(self.mu.dtype)
 

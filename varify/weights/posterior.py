@@ -9,6 +9,7 @@ from torch import Tensor
 from varify.weights.fused import SharedSigma, is_ordinary, is_plain
 from varify.weights.kl import kl_divergence
 from varify.weights.moments import Moments
+from varify.weights.noise import normal_like
 from varify.weights.prior import Prior
 
 PRUNED = 2  # in a mask of fixed weights
@@ -102,7 +103,7 @@ class GaussianPosterior:
 
     def noise(self) -> Tensor:
         """Eps ~ N(0, 1), `(*shape)`. Always a new tensor: one refilled in place would corrupt rho's gradients."""
-        return torch.randn_like(self.rho, requires_grad=False)
+        return normal_like(self.rho)
 
     def at(self, eps: Tensor) -> Tensor:
         """Mu + sigma·eps, `(*shape)`, in the precision of rho (Kingma & Welling 2014, arXiv:1312.6114)."""
