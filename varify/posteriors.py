@@ -210,8 +210,8 @@ class Posteriors(Mapping[str, GaussianPosterior]):
         return draw(self.now(), noise)
 
     def masked_means(self) -> dict[str, Tensor]:
-        """Of the parameters with a mask by name, each in its network's dtype; all others have mu for their mean."""
-        return {name: cast(q.mean, q.mu.dtype) for name, q in self.masked().items()}
+        """Of pruned parameters by name, each in its network's dtype; all others have mu for their mean."""
+        return {name: cast(q.mean, q.mu.dtype) for name, q in self.masked().items() if q.mask_has.pruned}
 
     def masked(self) -> dict[str, GaussianPosterior]:
         """Those that have a mask: their means may be other than mu, which an optimizer's momentum can move."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from varify.priors.gaussian import Gaussian, is_gaussian
 from varify.weights.fused import LARGE, is_ordinary, is_plain
-from varify.weights.kl import kl_divergence
 from varify.weights.posterior import LEAST_RHO, GaussianPosterior
 
 LEAST_SIGMA = math.exp(LEAST_RHO)
@@ -28,7 +27,7 @@ def total_kl(posteriors: Iterable[GaussianPosterior]) -> list[Tensor]:
     for q in posteriors:
         if not (plain and _is_fused(q)):
             terms.append(q.kl_divergence())
-        elif q.rho.numel() < LARGE:
+        elif q.fixed is None and q.rho.numel() < LARGE:
             small.setdefault((q.rho.device, q.rho.dtype), []).append(q)
         else:
             terms.append(_kl([q]))
@@ -36,7 +35,7 @@ def total_kl(posteriors: Iterable[GaussianPosterior]) -> list[Tensor]:
 
 
 def _is_fused(q: GaussianPosterior) -> bool:
-    if type(q) is not GaussianPosterior or q.fixed is not None or type(q.prior) is not Gaussian:
+    if type(q) is not GaussianPosterior or type(q.prior) is not Gaussian:
         return False
     mean, std = q.prior.mean, q.prior.std
     if any(isinstance(setting, Tensor) and setting.requires_grad for setting in (mean, std)):
@@ -46,32 +45,48 @@ def _is_fused(q: GaussianPosterior) -> bool:
 
 def _kl(group: Sequence[GaussianPosterior]) -> Tensor:
     tensors = [q.mu for q in group] + [q.rho for q in group]
-    kl: Tensor = _GaussianKL.apply([q.prior for q in group], [q.known_sigma() for q in group], *tensors)  # type: ignore[no-untyped-call]
+    priors, sigmas = [q.prior for q in group], [q.known_sigma() for q in group]
+    kl: Tensor = _GaussianKL.apply(priors, sigmas, group[0].fixed, *tensors)  # type: ignore[no-untyped-call]
     return kl
 
 
 class _GaussianKL(torch.autograd.Function):
-    """The sum over n posteriors: of n mu's, then n rho's; sigma = softplus(rho) without gradient."""
+    """The sum over n posteriors: of n mu's, then n rho's; sigma = softplus(rho) without gradient.
+
+    One posterior may have a mask: the weights that are not random count nothing.
+    """
 
     @staticmethod
-    def forward(ctx: Any, priors: list[Gaussian], sigmas: list[Tensor], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, priors: list[Gaussian], sigmas: list[Tensor], fixed: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
         sigma = _flat(sigmas)
         ctx.priors = priors
-        ctx.save_for_backward(*tensors, sigma)
-        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma)
+        ctx.save_for_backward(*tensors, sigma, fixed)
+        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma, _held(fixed))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         n = len(ctx.priors)
-        *tensors, sigma = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
+        *tensors, sigma, fixed = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # backward goes backward as well
-            return None, None, *_differentiable(ctx.priors, tensors, needed, grad)
+            return None, None, None, *_differentiable(ctx.priors, fixed, tensors, needed, grad)
         mu, mean, std = _of_each_weight(ctx.priors, tensors)
-        scale = grad / std**2
-        to_mu = _apart((mu - mean if isinstance(mean, Tensor) or mean else mu) * scale, tensors[:n])
-        to_rho = _apart(_to_rho(_flat(tensors[n:]), sigma, scale, grad), tensors[n:]) if any(needed[n:]) else [None] * n
-        return None, None, *(to if need else None for to, need in zip([*to_mu, *to_rho], needed, strict=True))
+        scale, held = grad / std**2, _held(fixed)
+        to_mu = (mu - mean if isinstance(mean, Tensor) or mean else mu) * scale
+        to_rho = _to_rho(_flat(tensors[n:]), sigma, scale, grad) if any(needed[n:]) else None
+        if held is not None:
+            for to in (to_mu, to_rho):
+                if to is not None:
+                    to.masked_fill_(held, 0.0)
+        found = [*_apart(to_mu, tensors[:n]), *([None] * n if to_rho is None else _apart(to_rho, tensors[n:]))]
+        return None, None, None, *(to if need else None for to, need in zip(found, needed, strict=True))
+
+
+def _held(fixed: Tensor | None) -> Tensor | None:
+    """Which weights are not random, as a vector of bool."""
+    return None if fixed is None else fixed.reshape(-1) != 0
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -104,21 +119,29 @@ def _setting(values: Sequence[Tensor | float], like: Sequence[Tensor]) -> Tensor
     return each.repeat_interleave(torch.tensor(sizes, device=first.device), output_size=sum(sizes))
 
 
-def _value(mu: Tensor, mean: Tensor | float, std: Tensor | float, rho: Tensor, sigma: Tensor) -> Tensor:
+def _value(
+    mu: Tensor, mean: Tensor | float, std: Tensor | float, rho: Tensor, sigma: Tensor, held: Tensor | None
+) -> Tensor:
     # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½, block by block
     underflows = _may_underflow(sigma)
     terms = []
-    for s, m, c, p in zip(*(_in_blocks(each, len(sigma)) for each in (sigma, mu, mean, std)), strict=True):
+    blocks = (_in_blocks(each, len(sigma)) for each in (sigma, mu, mean, std, held))
+    for s, m, c, p, h in zip(*blocks, strict=True):
         ratio = (s.clamp_min(LEAST_SIGMA) if underflows else s) / p
         shift = m - c if isinstance(c, Tensor) or c else m
+        if h is not None:  # which makes the term 0
+            ratio, shift = ratio.masked_fill_(h, 1.0), shift.masked_fill(h, 0.0)
         shift, scale = (shift / p, 1.0) if isinstance(p, Tensor) else (shift, p)
         squares = ratio.dot(ratio) + shift.dot(shift) / scale**2
         terms.append(0.5 * squares - ratio.log_().sum() - 0.5 * len(ratio))
     kl = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-    return kl - rho.sub(LEAST_RHO).clamp_max_(0.0).sum() if underflows else kl
+    if not underflows:
+        return kl
+    rest = rho.sub(LEAST_RHO).clamp_max_(0.0)
+    return kl - (rest if held is None else rest.masked_fill_(held, 0.0)).sum()
 
 
-def _in_blocks(value: Tensor | float, n: int) -> Sequence[Any]:
+def _in_blocks(value: Tensor | float | None, n: int) -> Sequence[Any]:
     blocks: Sequence[Any] = value.split(BLOCK) if isinstance(value, Tensor) else [value] * -(-n // BLOCK)
     return blocks
 
@@ -138,14 +161,15 @@ def _to_rho(rho: Tensor, sigma: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
 
 
 def _differentiable(
-    priors: list[Gaussian], tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+    priors: list[Gaussian], fixed: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients of all tensors, made by torch."""
     n = len(priors)
     terms = [
-        kl_divergence(GaussianPosterior(mu, rho, prior), prior)
+        GaussianPosterior(mu, rho, prior, fixed).kl_divergence()
         for mu, rho, prior in zip(tensors[:n], tensors[n:], priors, strict=True)
     ]
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(torch.stack(terms).sum(), wanted, grad, create_graph=True))
+    kl = torch.stack(terms).sum()
+    found = iter(torch.autograd.grad(kl, wanted, grad, create_graph=True, materialize_grads=True))  # of no weight, 0
     return [next(found) if need else None for need in needed]

@@ -24,21 +24,32 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
     """
     theta: dict[str, Tensor] = {}
     plain, differentiable, small = is_plain(), torch.is_grad_enabled(), _Together()
+    certain = {name: _means(q, new=True) for name, q in posteriors.items() if _is_certain(q)}
     known = {} if noise is None else noise
-    known.update(fresh_noise({name: q for name, q in posteriors.items() if name not in known}))
+    missing = posteriors
+    if known or certain:
+        missing = {name: q for name, q in posteriors.items() if name not in known and name not in certain}
+    known.update(fresh_noise(missing))
     for name, q in posteriors.items():
+        if name in certain:
+            theta[name] = _asking_for_gradients(certain[name], q.mu)
+            continue
         eps = known[name]
         theta[name] = eps  # in this order
         if not (plain and _is_fused(q, eps)):
             theta[name] = _asking_for_gradients(cast(q.at(eps), q.mu.dtype), q.mu)
-        elif not differentiable:
+            continue
+        mu = _means(q)
+        if q.fixed is not None:  # a weight without noise is at its mean, and its rho has no gradient
+            eps = (eps.masked_fill_ if noise is None else eps.masked_fill)(q.fixed != 0, 0.0)
+        if not differentiable:
             into = eps if noise is None and q.mu.dtype == eps.dtype else None
-            drawn = torch.addcmul(cast(q.mu, eps.dtype), q.known_sigma(), eps, out=into)
+            drawn = torch.addcmul(cast(mu, eps.dtype), q.known_sigma(), eps, out=into)
             theta[name] = _asking_for_gradients(cast(drawn, q.mu.dtype), q.mu)
         elif q.mu.numel() < LARGE:
-            small.add(name, q, eps)
+            small.add(name, mu, q, eps)
         else:
-            (theta[name],) = fused_draws([q.mu], [q.rho], [q.known_sigma()], [eps])
+            (theta[name],) = fused_draws([mu], [q.rho], [q.known_sigma()], [eps])
     theta.update(small.drawn())
     return theta
 
@@ -51,9 +62,21 @@ def fresh_noise(posteriors: Mapping[str, Posterior]) -> dict[str, Tensor]:
     return dict(zip(posteriors, normals_like(rhos), strict=True))
 
 
+def _is_certain(q: Posterior) -> TypeGuard[GaussianPosterior]:
+    """Whether no weight of a Gaussian posterior is random."""
+    return type(q) is GaussianPosterior and q.fixed is not None and not q.mask_has.random
+
+
+def _means(q: GaussianPosterior, new: bool = False) -> Tensor:
+    """The mean in the network's dtype: mu itself where nothing is pruned, or a new tensor of its numbers."""
+    if q.fixed is None or not q.mask_has.pruned:
+        return q.mu.clone() if new else q.mu
+    return cast(q.mean, q.mu.dtype)
+
+
 def _is_fused(q: Posterior, eps: Tensor) -> TypeGuard[GaussianPosterior]:
-    """Whether the draw is that of a Gaussian posterior of which all weights are random, of torch's own tensors."""
-    if type(q) is not GaussianPosterior or q.fixed is not None or eps.requires_grad or eps.dtype != q.rho.dtype:
+    """Whether the draw is that of a Gaussian posterior of torch's own tensors."""
+    if type(q) is not GaussianPosterior or eps.requires_grad or eps.dtype != q.rho.dtype:
         return False
     return is_ordinary(q.mu, q.rho, eps)
 
@@ -65,9 +88,9 @@ class _Together:
         self._names: list[str] = []
         self._parts: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
 
-    def add(self, name: str, q: GaussianPosterior, eps: Tensor) -> None:
+    def add(self, name: str, mu: Tensor, q: GaussianPosterior, eps: Tensor) -> None:
         self._names.append(name)
-        for part, tensor in zip(self._parts, (q.mu, q.rho, q.known_sigma(), eps), strict=True):
+        for part, tensor in zip(self._parts, (mu, q.rho, q.known_sigma(), eps), strict=True):
             part.append(tensor)
 
     def drawn(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The posterior of one parameter: its mu, rho and prior seen as one thing."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,18 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+class MaskHas(NamedTuple):
+    """Which kinds of weights a tensor may have, beside those that stay at mu.
+
+    Attributes:
+        random: weights with noise.
+        pruned: weights that are 0.
+    """
+
+    random: bool
+    pruned: bool
+
+
 class GaussianPosterior:
     """q(w) = N(mu, sigma²), factorized, with sigma = softplus(rho).
 
@@ -45,11 +58,12 @@ class GaussianPosterior:
         shared: None, or while draws and divergences share one softplus(rho), that and the version of rho; empty before.
     """
 
-    __slots__ = ("fixed", "mu", "prior", "rho", "shared")
+    __slots__ = ("_mask_of", "fixed", "mu", "prior", "rho", "shared")
 
     def __init__(self, mu: Tensor, rho: Tensor, prior: Prior, fixed: Tensor | None = None) -> None:
         self.mu, self.rho, self.prior, self.fixed = mu, rho, prior, fixed
         self.shared: list[tuple[Tensor, int]] | None = None
+        self._mask_of: tuple[int, MaskHas] | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -79,6 +93,20 @@ class GaussianPosterior:
         if not shared or shared[0][1] != self.rho._version:
             shared[:] = [(F.softplus(self.rho.detach()), self.rho._version)]
         return shared[0][0]
+
+    @property
+    def mask_has(self) -> "MaskHas":
+        """Which kinds of weights there are; looked up once for each version of the mask."""
+        fixed = self.fixed
+        if fixed is None:
+            return MaskHas(random=True, pruned=False)
+        if fixed.is_meta or not (is_plain() and is_ordinary(fixed)):
+            return MaskHas(random=True, pruned=True)  # nobody can tell
+        version = -1 if fixed.is_inference() else fixed._version
+        if self._mask_of is None or self._mask_of[0] != version or version < 0:
+            kinds = MaskHas(random=bool((fixed == 0).any()), pruned=bool((fixed == PRUNED).any()))
+            self._mask_of = version, kinds
+        return self._mask_of[1]
 
     @property
     def log_sigma(self) -> Tensor:
