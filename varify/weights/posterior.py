@@ -63,7 +63,7 @@ class GaussianPosterior:
     def __init__(self, mu: Tensor, rho: Tensor, prior: Prior, fixed: Tensor | None = None) -> None:
         self.mu, self.rho, self.prior, self.fixed = mu, rho, prior, fixed
         self.shared: list[tuple[Tensor, int]] | None = None
-        self._mask_of: tuple[int, MaskHas] | None = None
+        self._mask_of: tuple[Tensor, int, MaskHas] | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -102,11 +102,11 @@ class GaussianPosterior:
             return MaskHas(random=True, pruned=False)
         if fixed.is_meta or not (is_plain() and is_ordinary(fixed)):
             return MaskHas(random=True, pruned=True)  # nobody can tell
-        version = -1 if fixed.is_inference() else fixed._version
-        if self._mask_of is None or self._mask_of[0] != version or version < 0:
+        version, known = -1 if fixed.is_inference() else fixed._version, self._mask_of
+        if known is None or known[0] is not fixed or known[1] != version or version < 0:
             kinds = MaskHas(random=bool((fixed == 0).any()), pruned=bool((fixed == PRUNED).any()))
-            self._mask_of = version, kinds
-        return self._mask_of[1]
+            known = self._mask_of = fixed, version, kinds
+        return known[2]
 
     @property
     def log_sigma(self) -> Tensor:
