@@ -87,12 +87,12 @@ def as_init(init: InitLike) -> Init:
 class OfWeights(Init):
     """mu = w, sigma = scale · the root mean square of the tensor's weights. The default.
 
-    At a few hundredths of a weight's size a network still does what it did, its means learn as a plain network's do,
-    and training finds sigma from there in few steps, whatever the prior. A tensor of zeros, or of one number, has no
-    size of its own, and is taken to be of the prior's std, but at most 0.1.
+    A tenth of a weight's size is where a network still does what it did, and from where training finds sigma in few
+    steps, whatever the prior. A tensor of zeros, or of one number, has no size of its own, and is taken to be of the
+    prior's std, but at most 0.1.
     """
 
-    def __init__(self, scale: float = 0.03) -> None:
+    def __init__(self, scale: float = 0.1) -> None:
         self.scale = positive_number("scale", scale, InitError)
 
     def __call__(self, w: Tensor, prior_std: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102

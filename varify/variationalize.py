@@ -42,7 +42,7 @@ def variationalize(
             bool`. Default: every floating-point parameter that requires a gradient, except those of normalization
             layers.
         init: how mu and rho start: a `varify.inits.Init`, the name of one, or `{glob: init}`. Default:
-            `varify.inits.OfWeights()`, the weights as means and 0.03 of their root mean square by tensor.
+            `varify.inits.OfWeights()`, the weights as means and a tenth of their root mean square by tensor.
         estimator: how gradients are estimated in training, or `{glob: estimator}` with the default elsewhere: "weights"
             draws the weights once a forward; "local" draws the outputs of linear operations; "flipout" gives each
             example perturbations of its own; "auto", the default, takes of these the one with the least variance that
