@@ -63,7 +63,7 @@ class Recipe:
     """
 
     prior: str = "1.0"
-    sigma: str = "weights:0.03"
+    sigma: str = "weights:0.1"
     beta: str = "auto:0.03"
     estimator: str = "auto"
     rho_lr: float = 5.0

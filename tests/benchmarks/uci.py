@@ -65,7 +65,7 @@ class Benchmark:
 # (Louizos & Welling 2016, arXiv:1603.04733, table 1), the better of Uncertainty Baselines' two variational rows
 # (mean-field and refined; baselines/uci/README.md).
 PUBLISHED = ("PBP", "VMG", "UB")
-RECIPE = ["estimator=auto", "sigma=weights:0.1", "beta=linear:1", "rho_lr=0.2"]
+RECIPE = ["estimator=auto", "beta=linear:1", "rho_lr=0.2"]
 SETS = {
     "boston": Benchmark("bostonHousing", (-2.57, -2.54, -2.94), (3.01, 2.81)),
     "concrete": Benchmark("concrete", (-3.16, -2.98, -3.08), (5.67, 4.70)),
