@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import varify
-from varify.inits import Constant, OfWeights
+from varify.inits import Constant
 from varify.priors import Gaussian, ScaleMixture
 
 
@@ -82,7 +82,7 @@ def test_what_was_not_given_is_not_checked_and_said() -> None:
 
 
 def test_eval_mode_with_gradients_on() -> None:
-    vnet = made(init=OfWeights(0.1)).eval()
+    vnet = made().eval()
     found = diagnosed(vnet)
     assert found.names == ["eval-mode"]
     assert "vnet.train()" in found[0].change

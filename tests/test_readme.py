@@ -46,20 +46,32 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+def classes(n: int) -> TensorDataset:
+    x = torch.randn(n, 4)
+    return TensorDataset(x, x[:, :3].argmax(1))
+
+
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
-    """What the pages take for given. What they register is forgotten afterwards."""
+    """What the pages take for given. What they register is forgotten afterwards, and what they draw."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     torch.manual_seed(0)
-    train_set = TensorDataset(torch.randn(20, 4), torch.randint(3, (20,)))
+    train_set, held_out = classes(20), classes(100)
     x, y = train_set.tensors
+    pretrained = Net()
+    optimizer = torch.optim.Adam(pretrained.parameters(), lr=0.03)
+    for _ in range(30):  # a temperature from held-out data needs a network that has learned something
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(pretrained(x), y).backward()
+        optimizer.step()
     vnet = varify.variationalize(Net())
     page = ModuleType("page")  # a module, since what is pickled has one
     monkeypatch.setitem(sys.modules, "page", page)
     page.__dict__.update(torch=torch, nn=nn, F=nn.functional, varify=varify, x=x, y=y, train_set=train_set)
-    page.__dict__.update(net=Net(), pretrained=Net(), vnet=vnet, pred=vnet.predict(x), elbo=varify.ELBO(num_data=20))
-    held_out = TensorDataset(torch.randn(16, 4), torch.randint(3, (16,)))
+    page.__dict__.update(
+        net=Net(), pretrained=pretrained, vnet=vnet, pred=vnet.predict(x), elbo=varify.ELBO(num_data=20)
+    )
     page.__dict__.update(loader=DataLoader(train_set, 8), validation_loader=DataLoader(held_out, 8))
     tables = registry._BY_NAME, inits._BY_NAME, rules._RULES, kl._RULES
     before = [dict(table) for table in tables]
@@ -67,6 +79,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     for table, was in zip(tables, before, strict=True):
         table.clear()
         table.update(was)
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=title)
