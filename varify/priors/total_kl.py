@@ -63,7 +63,7 @@ class _GaussianKL(torch.autograd.Function):
         sigma = _flat(sigmas)
         ctx.priors = priors
         ctx.save_for_backward(*tensors, sigma, fixed)
-        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma, _held(fixed))
+        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma, _free(fixed))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -73,20 +73,20 @@ class _GaussianKL(torch.autograd.Function):
         if torch.is_grad_enabled():  # backward goes backward as well
             return None, None, None, *_differentiable(ctx.priors, fixed, tensors, needed, grad)
         mu, mean, std = _of_each_weight(ctx.priors, tensors)
-        scale, held = grad / std**2, _held(fixed)
+        scale, free = grad / std**2, _free(fixed)
         to_mu = (mu - mean if isinstance(mean, Tensor) or mean else mu) * scale
         to_rho = _to_rho(_flat(tensors[n:]), sigma, scale, grad) if any(needed[n:]) else None
-        if held is not None:
+        if free is not None:
             for to in (to_mu, to_rho):
                 if to is not None:
-                    to.masked_fill_(held, 0.0)
+                    to.mul_(free)
         found = [*_apart(to_mu, tensors[:n]), *([None] * n if to_rho is None else _apart(to_rho, tensors[n:]))]
         return None, None, None, *(to if need else None for to, need in zip(found, needed, strict=True))
 
 
-def _held(fixed: Tensor | None) -> Tensor | None:
-    """Which weights are not random, as a vector of bool."""
-    return None if fixed is None else fixed.reshape(-1) != 0
+def _free(fixed: Tensor | None) -> Tensor | None:
+    """1 at weights that are random, 0 at others, as a vector of int8."""
+    return None if fixed is None else 1 - fixed.reshape(-1).clamp_max(1)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -120,17 +120,17 @@ def _setting(values: Sequence[Tensor | float], like: Sequence[Tensor]) -> Tensor
 
 
 def _value(
-    mu: Tensor, mean: Tensor | float, std: Tensor | float, rho: Tensor, sigma: Tensor, held: Tensor | None
+    mu: Tensor, mean: Tensor | float, std: Tensor | float, rho: Tensor, sigma: Tensor, free: Tensor | None
 ) -> Tensor:
     # Σ log(s/sigma) + (sigma² + (mu − m)²)/2s² − ½, block by block
     underflows = _may_underflow(sigma)
     terms = []
-    blocks = (_in_blocks(each, len(sigma)) for each in (sigma, mu, mean, std, held))
-    for s, m, c, p, h in zip(*blocks, strict=True):
+    blocks = (_in_blocks(each, len(sigma)) for each in (sigma, mu, mean, std, free))
+    for s, m, c, p, f in zip(*blocks, strict=True):
         ratio = (s.clamp_min(LEAST_SIGMA) if underflows else s) / p
         shift = m - c if isinstance(c, Tensor) or c else m
-        if h is not None:  # which makes the term 0
-            ratio, shift = ratio.masked_fill_(h, 1.0), shift.masked_fill(h, 0.0)
+        if f is not None:  # ratio 1 and shift 0 of others make the term 0; by products, faster than masked_fill is
+            ratio, shift = ratio.mul_(f).add_(1 - f), shift * f
         shift, scale = (shift / p, 1.0) if isinstance(p, Tensor) else (shift, p)
         squares = ratio.dot(ratio) + shift.dot(shift) / scale**2
         terms.append(0.5 * squares - ratio.log_().sum() - 0.5 * len(ratio))
@@ -138,7 +138,7 @@ def _value(
     if not underflows:
         return kl
     rest = rho.sub(LEAST_RHO).clamp_max_(0.0)
-    return kl - (rest if held is None else rest.masked_fill_(held, 0.0)).sum()
+    return kl - (rest if free is None else rest.mul_(free)).sum()
 
 
 def _in_blocks(value: Tensor | float | None, n: int) -> Sequence[Any]:

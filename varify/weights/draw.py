@@ -41,7 +41,7 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
             continue
         mu = _means(q)
         if q.fixed is not None:  # a weight without noise is at its mean, and its rho has no gradient
-            eps = (eps.masked_fill_ if noise is None else eps.masked_fill)(q.fixed != 0, 0.0)
+            eps = (eps.mul_ if noise is None else eps.mul)(1 - q.fixed.clamp_max(1))
         if not differentiable:
             into = eps if noise is None and q.mu.dtype == eps.dtype else None
             drawn = torch.addcmul(cast(mu, eps.dtype), q.known_sigma(), eps, out=into)
