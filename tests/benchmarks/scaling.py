@@ -3,7 +3,8 @@
     python -m tests.benchmarks.scaling [--tensors 10 100 1000] [--device cuda] [--json PATH]
 
 The network adds vectors of 64, so that the number of tensors is all that there is. Printed are microseconds a tensor
-of the plain step and of varify's, first call and conversion apart; linear is where a column stays the same.
+of the plain step and of varify's, first call and conversion apart; linear is where a column stays the same. The last
+two are of a training forward alone: of the plain network, and of varify's where masks leave no weight random.
 """
 
 import argparse
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.common.steps import ESTIMATORS, plain, with_varify
+import varify
+from tests.benchmarks.common.steps import ESTIMATORS, Step, plain, with_varify
 from tests.benchmarks.common.timing import in_turns, machine, synchronized, write
 from tests.benchmarks.common.workloads import Workload
 
@@ -51,8 +53,18 @@ def measure(tensors: int, estimators: list[str], seconds: float, device: torch.d
         start = time.perf_counter()
         steps[estimator]()
         found[f"first step, {estimator}"] = (time.perf_counter() - start) * 1e6 / tensors
+    steps |= forwards(tensors, device)
     times = in_turns({name: synchronized(step, device) for name, step in steps.items()}, seconds)
     return {name: statistics.median(each) * 1e6 / tensors for name, each in times.items()} | found
+
+
+def forwards(tensors: int, device: torch.device) -> dict[str, Step]:
+    """A training forward of the plain network, and of one in which no weight is random."""
+    network, (x,) = work(tensors, device).network.train(), work(tensors, device).inputs
+    vnet = varify.variationalize(network, estimator="weights").train()
+    for name, q in vnet.posteriors.items():
+        vnet.posteriors.set_mask(name, torch.ones(q.mu.shape))
+    return {"forward, plain": lambda: network(x), "forward, nothing random": lambda: vnet(x)}
 
 
 def main() -> None:
@@ -68,7 +80,7 @@ def main() -> None:
     table = {}
     for tensors in options.tensors:
         table[tensors] = measure(tensors, options.estimators, options.seconds, device)
-        shown = "  ".join(f"{name} {value:.0f}" for name, value in table[tensors].items())
+        shown = "  ".join(f"{name} {value:.1f}" for name, value in table[tensors].items())
         print(f"{tensors:5} tensors, us a tensor: {shown}", flush=True)
     if options.json:
         write(options.json, device, table)
