@@ -6,7 +6,8 @@ Every parameter is variational (of torchbnn, bayesian-torch and blitz only those
 fused Adam, with ivon-opt's own and varify's IVON beside it. All arms of a workload take turns; the figures are medians
 over rounds of the ratio to the plain network's step in the same round. Peers come with `pip install
 varify[benchmarks]`; what is absent, or can't convert a network, is left out with a word. `--compile` is a table of its
-own: the plain step and the objective, each as one graph of torch.compile.
+own, `compiled` in the JSON, and leaves the other one there: the plain step and the objective, each as one graph of
+torch.compile.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def main() -> None:
         for peer, why in refused.items():
             print(f"{'':12} {peer} is left out: {why}")
     if options.json:
-        write(options.json, device, table)
+        write(options.json, device, table, "compiled" if options.compile else "")
 
 
 if __name__ == "__main__":

@@ -75,10 +75,20 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def write(path: Path, device: torch.device, table: object) -> None:
-    """A table as JSON, with the machine and the date."""
+def write(path: Path, device: torch.device, table: object, part: str = "") -> None:
+    """A table as JSON, with the machine and the date.
+
+    Args:
+        path: of the file; it is made, or keeps its other parts.
+        device: of the run.
+        table: the figures.
+        part: the key to put it under; by default it is the file's own table.
+    """
+    found: dict[str, Any] = {"machine": machine(device), "table": table}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    found = before | {part: found} if part else before | found
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(device), "table": table}, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written to {path}")
 
 
