@@ -39,11 +39,11 @@ def arms_of(name: str, device: torch.device, peers: list[str]) -> tuple[dict[str
 
 
 def compiled_arms(name: str, device: torch.device) -> dict[str, Step]:
-    """The plain step and varify's, under torch.compile."""
-    return {
-        "plain": synchronized(compiled_plain(workload(name, device)), device),
-        "varify, weights": synchronized(with_varify(workload(name, device), "weights", compiled=True), device),
-    }
+    """The plain step and varify's, under torch.compile: with inductor's own random numbers, and with torch's."""
+    arms = {"plain": compiled_plain(workload(name, device))}
+    for arm, options in {"varify, weights": None, "with fallback_random": {"fallback_random": True}}.items():
+        arms[arm] = with_varify(workload(name, device), "weights", compiled=True, options=options)
+    return {name: synchronized(step, device) for name, step in arms.items()}
 
 
 def main() -> None:

@@ -44,8 +44,14 @@ def plain(work: Workload) -> Step:
     return step
 
 
-def with_varify(work: Workload, estimator: str, optimizer: str = "adam", compiled: bool = False) -> Step:
-    """The network with every parameter variational, and the ELBO."""
+def with_varify(
+    work: Workload,
+    estimator: str,
+    optimizer: str = "adam",
+    compiled: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Step:
+    """The network with every parameter variational, and the ELBO; `options` are torch.compile's."""
     vnet = varify.variationalize(work.network, estimator=estimator).train()
     work = Workload(nn.Identity(), work.inputs, work.targets)  # the plain network is not needed any more
     elbo = varify.ELBO(num_data=NUM_DATA)
@@ -55,7 +61,7 @@ def with_varify(work: Workload, estimator: str, optimizer: str = "adam", compile
         found = elbo(vnet, work.criterion, work.inputs, work.targets)
         return found.loss, found.nll
 
-    objective = torch.compile(terms) if compiled else terms
+    objective = torch.compile(terms, options=options) if compiled else terms
 
     def step() -> None:
         chosen.zero_grad()
