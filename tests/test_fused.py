@@ -146,6 +146,16 @@ def test_a_step_computes_sigma_once_for_draws_and_divergence(estimator: str) -> 
     assert all(q.shared is None for q in vnet.posteriors.values())
 
 
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_prediction_computes_sigma_once_for_all_draws(vectorize: bool) -> None:
+    vnet = varify.variationalize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    with Counting() as counting:
+        prediction = vnet.predict(torch.randn(5, 4), n_samples=7, vectorize=vectorize)
+    assert counting.calls["softplus"] == 4
+    assert len(prediction.samples.unique(dim=0)) == 7
+    assert all(q.shared is None for q in vnet.posteriors.values())
+
+
 def test_sharing_ends_with_the_objective_and_heeds_what_is_written_into_rho() -> None:
     vnet = varify.variationalize(nn.Linear(4, 3)).train()
     before = vnet.prior_loss()  # whose graph lives on

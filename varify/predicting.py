@@ -16,7 +16,7 @@ from varify.prediction.ensemble import MEMORY, Ensemble
 from varify.prediction.gather import gather
 from varify.prediction.many import Draws
 from varify.weights.draw import seeded
-from varify.within import check_variational, means_of, refuse_nested, sampling
+from varify.within import check_variational, means_of, refuse_nested, sampling, sharing_sigma
 
 
 class Predicting(Variational):
@@ -151,7 +151,7 @@ def outputs_of_draws(
         refuse_nested(vnet, "linearized=True")
     if linearized and gradients:
         raise ArgumentError("linearized=True has no gradients: leave out gradients=True, or linearized=True")
-    with torch.set_grad_enabled(gradients), gathered(vnet):
+    with torch.set_grad_enabled(gradients), gathered(vnet), sharing_sigma(vnet):
         engine = vnet.engine
         means = means_of(vnet) if linearized else None
 
