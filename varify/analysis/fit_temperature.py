@@ -33,7 +33,7 @@ def fit_temperature(
     n_samples: int = 16,
     rule: str = "nll",
     tolerance: float = 0.01,
-    bounds: tuple[float, float] = (1e-6, 1e4),
+    bounds: tuple[float, float] = (1e-6, 1e6),
     batched: object = None,
     linearized: bool = False,
 ) -> float:

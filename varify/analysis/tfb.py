@@ -34,5 +34,5 @@ def harmless_temperature(
     """
     nll = PredictiveNLL(vnet, posteriors, lambda: batches, criterion, n_samples=4, linearized=False)
     with nll.kept_noise():
-        _, found = widest(nll, 0.01, math.log(1e-8), 0.0, tolerance=0.1)
-    return 1e-8 if found is None else math.exp(found)
+        _, found = widest(nll, 0.01, math.log(1e-6), 0.0, tolerance=0.1)
+    return 1e-6 if found is None else math.exp(found)
