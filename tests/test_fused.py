@@ -330,3 +330,16 @@ def test_a_rho_that_is_changed_before_backward_is_an_error_as_in_torch() -> None
                 rho.add_(1.0)
         with pytest.raises(RuntimeError, match="modified"):
             sum(w.sum() for w in theta.values()).backward()
+
+
+def test_sigma_found_in_inference_mode_serves_a_thread_that_trains() -> None:
+    vnet = varify.variationalize(nn.Linear(300, 300))  # large enough for a node of its own
+    q = vnet.posteriors["weight"]
+    q.shared = []
+    try:
+        with torch.inference_mode():
+            q.known_sigma()
+        vnet.prior_loss().backward()
+    finally:
+        q.shared = None
+    assert torch.isfinite(q.rho.grad).all()

@@ -1,6 +1,7 @@
 """Weights that are not random: draws, divergences and gradients, against formulas that choose weight by weight."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -207,3 +208,44 @@ def test_a_padding_row_learns_from_the_network_and_keeps_its_rho() -> None:
     assert not rho_grad[1].any()
     assert rho_grad[[0, 4]].all()
     assert rho_grad[[2, 3]].all()  # of the divergence
+
+
+def test_a_mask_made_in_inference_mode_and_one_written_before_backward() -> None:
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    with torch.inference_mode():
+        varify.prune(vnet, 0.5)
+    kl = vnet.prior_loss()
+    kl.backward()
+    assert all(torch.isfinite(q.rho.grad).all() for q in vnet.posteriors.values())
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    varify.prune(vnet, 0.5)
+    kl, q = vnet.prior_loss(), vnet.posteriors["weight"]
+    random = q.fixed == 0
+    q.fixed.zero_()
+    kl.backward()
+    assert torch.equal(q.rho.grad != 0, random)
+
+
+def test_fixed_weights_may_have_any_mu_and_rho() -> None:
+    vnet = varify.variationalize(nn.Linear(3, 2))
+    mask = torch.zeros(2, 3)
+    mask[0, 0] = mask[1, 1] = 1
+    q = vnet.posteriors["weight"]
+    scales = [(q.sigma[i, i].item(), q.mu[i, i].item()) for i in (0, 1)]
+    expected = vnet.prior_loss().item() - sum(0.5 * (s**2 + m**2 - 1) - math.log(s) for s, m in scales)
+    vnet.posteriors.set_mask("weight", mask)
+    with torch.no_grad():
+        vnet.posteriors["weight"].rho[0, 0] = -math.inf
+        vnet.posteriors["weight"].mu[1, 1] = math.inf
+    kl = vnet.prior_loss()
+    assert kl.item() == pytest.approx(expected, rel=1e-5)
+    kl.backward()
+    assert all(torch.isfinite(g).all() for q in vnet.posteriors.values() for g in (q.mu.grad, q.rho.grad))
+
+
+def test_what_a_mask_has_is_that_of_this_mask() -> None:
+    q = varify.variationalize(nn.Linear(3, 2)).posteriors["weight"]
+    q.fixed = torch.ones(2, 3, dtype=torch.int8)
+    assert q.mask_has == (False, False)
+    q.fixed = torch.full((2, 3), 2, dtype=torch.int8)  # of the same version
+    assert q.mask_has == (False, True)

@@ -43,10 +43,13 @@ class Batch:
         return self.of([x[i] if n else x for x, n in zip(self.columns(), self.entries, strict=True)])
 
     def first(self, n: int) -> "Batch":
-        """Its first n data, of as many as there are."""
+        """Its first n data, or as many as there are, in memory of their own: a loader may fill its tensors again."""
         n = min(n, self.size)
         return Batch(
-            [x[: n * k] if k else x for x, k in zip(self.leaves, self.entries, strict=True)], self.spec, self.entries, n
+            [x[: n * k].clone() if k else x for x, k in zip(self.leaves, self.entries, strict=True)],
+            self.spec,
+            self.entries,
+            n,
         )
 
     def of(self, leaves: Iterable[Any]) -> Any:

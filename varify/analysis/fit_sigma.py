@@ -40,10 +40,11 @@ def fit_sigma(
 
     At temperature 1, the Laplace approximation itself, this is too wide for drawn weights of a network with many of
     them, whose predictions get worse than those of the means. So by default the temperature is the largest, at most 1,
-    at which the NLL of drawn weights' predictions on the first data of the loader is at most 1 % above that of the
-    means (the rule of Shi et al. 2024, arXiv:2412.05723): 1 where the data determine the weights, and far less where
-    they don't. These data know the network, so it is cautious; `fit_temperature` finds a better one on held-out data.
-    For `vnet.predict(..., linearized=True)`, of whose linear network this is the posterior, take `temperature=1`.
+    at which the NLL of drawn weights' predictions on the first data of the loader is at most 1 % or 0.005 nats above
+    that of the means (after the rule of Shi et al. 2024, arXiv:2412.05723): 1 where the data determine the weights, and
+    far less where they don't. These data know the network, so it is cautious; `fit_temperature` finds a better one on
+    held-out data. For `vnet.predict(..., linearized=True)`, of whose linear network this is the posterior, take
+    `temperature=1`.
 
     Args:
         vnet: changed in place. Masks of fixed weights stay.
@@ -60,9 +61,13 @@ def fit_sigma(
 
     Raises:
         ArgumentError: an empty loader, more data than num_data, a criterion without a scalar or without finite
-            derivatives, an unknown curvature, a batch that isn't the first dimension, or tensors of which it
-            is ambiguous whether they have an entry for each datum.
+            derivatives, or, where the temperature is to be found, not finite at the means of the first data, an unknown
+            curvature, a batch that isn't the first dimension, or tensors of which it is ambiguous whether they have an
+            entry for each datum.
         PriorError: a prior has no variance.
+
+    Warns:
+        VarifyWarning: no temperature from 1e-6 on does no harm.
     """
     check_variational(vnet, "varify.fit_sigma")
     num_data = positive_int("num_data", num_data)

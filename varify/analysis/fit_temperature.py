@@ -90,7 +90,8 @@ def fit_temperature(
             found = minimum(lambda log_t: nll(math.exp(log_t)), low, high, TOLERANCE)
             best = nll(math.exp(found))
         else:
-            best, within = widest(nll, tolerance, low, high, TOLERANCE)
+            best = nll(0.0)
+            within = widest(nll, best + tolerance * abs(best), low, high, TOLERANCE) if math.isfinite(best) else None
             found = low if within is None else within
     if not math.isfinite(best):
         raise ArgumentError(f"the criterion must be finite at some temperature, got {best}")

@@ -61,15 +61,19 @@ class PredictiveNLL:
             ArgumentError: an empty loader, a criterion without a scalar, or data that can't be told apart.
         """
         posteriors = {name: q.tempered(t) for name, q in self._posteriors.items()} if t else {}
+        if isinstance(self._batches, list):  # in memory, so that a draw serves all
+            groups: Iterable[list[Batch]] = [self._batches] if self._batches else []
+        else:
+            groups = ([batch] for batch in self._batches)
         total, seen = 0.0, 0
-        for batch in self._batches:
+        for group in groups:
             with self.kept_noise():
                 thetas = (draw(posteriors) for _ in range(self._n_samples)) if t else [self._means]
-                nlls = torch.stack([self._of_data(theta, batch) for theta in thetas])
+                nlls = torch.stack([torch.cat([self._of_data(theta, batch) for batch in group]) for theta in thetas])
             # a mean of probabilities near 1 needs the digits for its logarithm
             log_p = torch.logsumexp(-nlls.double(), 0) - math.log(len(nlls))
             total -= float(log_p.sum())
-            seen += batch.size
+            seen += nlls.shape[1]
         if not seen:
             raise ArgumentError("the loader is empty: there are no data to fit the temperature to")
         return total / seen

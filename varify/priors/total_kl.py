@@ -61,32 +61,27 @@ class _GaussianKL(torch.autograd.Function):
         ctx: Any, priors: list[Gaussian], sigmas: list[Tensor], fixed: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         sigma = _flat(sigmas)
+        free = None if fixed is None else fixed.reshape(-1) == 0
         ctx.priors = priors
-        ctx.save_for_backward(*tensors, sigma, fixed)
-        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma, _free(fixed))
+        ctx.save_for_backward(*tensors, sigma, free)  # not the mask, into which somebody may write meanwhile
+        return _value(*_of_each_weight(priors, tensors), _flat(tensors[len(priors) :]), sigma, free)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         n = len(ctx.priors)
-        *tensors, sigma, fixed = ctx.saved_tensors
+        *tensors, sigma, free = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():  # backward goes backward as well
-            return None, None, None, *_differentiable(ctx.priors, fixed, tensors, needed, grad)
+            return None, None, None, *_differentiable(ctx.priors, free, tensors, needed, grad)
         mu, mean, std = _of_each_weight(ctx.priors, tensors)
-        scale, free = grad / std**2, _free(fixed)
+        scale = grad / std**2
         to_mu = (mu - mean if isinstance(mean, Tensor) or mean else mu) * scale
         to_rho = _to_rho(_flat(tensors[n:]), sigma, scale, grad) if any(needed[n:]) else None
         if free is not None:
-            for to in (to_mu, to_rho):
-                if to is not None:
-                    to.mul_(free)
+            to_mu = torch.where(free, to_mu, 0.0)
+            to_rho = None if to_rho is None else torch.where(free, to_rho, 0.0)
         found = [*_apart(to_mu, tensors[:n]), *([None] * n if to_rho is None else _apart(to_rho, tensors[n:]))]
         return None, None, None, *(to if need else None for to, need in zip(found, needed, strict=True))
-
-
-def _free(fixed: Tensor | None) -> Tensor | None:
-    """1 at weights that are random, 0 at others, as a vector of int8."""
-    return None if fixed is None else 1 - fixed.reshape(-1).clamp_max(1)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -129,8 +124,8 @@ def _value(
     for s, m, c, p, f in zip(*blocks, strict=True):
         ratio = (s.clamp_min(LEAST_SIGMA) if underflows else s) / p
         shift = m - c if isinstance(c, Tensor) or c else m
-        if f is not None:  # ratio 1 and shift 0 of others make the term 0; by products, faster than masked_fill is
-            ratio, shift = ratio.mul_(f).add_(1 - f), shift * f
+        if f is not None:  # ratio 1 and shift 0 of others make the term 0, whatever their mu and rho
+            ratio, shift = torch.where(f, ratio, 1.0), torch.where(f, shift, 0.0)
         shift, scale = (shift / p, 1.0) if isinstance(p, Tensor) else (shift, p)
         squares = ratio.dot(ratio) + shift.dot(shift) / scale**2
         terms.append(0.5 * squares - ratio.log_().sum() - 0.5 * len(ratio))
@@ -138,7 +133,7 @@ def _value(
     if not underflows:
         return kl
     rest = rho.sub(LEAST_RHO).clamp_max_(0.0)
-    return kl - (rest if free is None else rest.mul_(free)).sum()
+    return kl - (rest if free is None else torch.where(free, rest, 0.0)).sum()
 
 
 def _in_blocks(value: Tensor | float | None, n: int) -> Sequence[Any]:
@@ -161,12 +156,12 @@ def _to_rho(rho: Tensor, sigma: Tensor, scale: Tensor, grad: Tensor) -> Tensor:
 
 
 def _differentiable(
-    priors: list[Gaussian], fixed: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+    priors: list[Gaussian], free: Tensor | None, tensors: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
     """The gradients of all tensors, made by torch."""
     n = len(priors)
     terms = [
-        GaussianPosterior(mu, rho, prior, fixed).kl_divergence()
+        GaussianPosterior(mu, rho, prior, None if free is None else ~free.view(mu.shape)).kl_divergence()
         for mu, rho, prior in zip(tensors[:n], tensors[n:], priors, strict=True)
     ]
     wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]

@@ -30,10 +30,15 @@ def normals_like(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     found: list[Tensor] = []
     chunks: list[Chunk] = []
-    plain = is_plain() and not (torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
+    plain = (
+        is_plain()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+        and not torch._C._is_tracing()
+    )
     for tensor in tensors:
-        if plain and _is_cut(tensor):
-            eps = torch.empty_like(tensor, requires_grad=False)
+        cut = plain and _is_cut(tensor)
+        eps = torch.empty_like(tensor, requires_grad=False) if cut else None
+        if eps is not None and is_ordinary(eps):  # within a mode of torch's it may be a fake
             chunks += _cut(eps)
         else:
             eps = torch.randn_like(tensor, requires_grad=False)

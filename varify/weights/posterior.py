@@ -90,13 +90,15 @@ class GaussianPosterior:
         shared = self.shared  # another thread may end the sharing meanwhile
         if shared is None or self.rho.is_inference():
             return F.softplus(self.rho.detach())
-        if not shared or shared[0][1] != self.rho._version:
-            shared[:] = [(F.softplus(self.rho.detach()), self.rho._version)]
+        version = self.rho._version  # before the numbers, which another thread may change
+        if not shared or shared[0][1] != version:
+            with torch.inference_mode(False):  # a thread that trains may take them from one that predicts
+                shared[:] = [(F.softplus(self.rho.detach()), version)]
         return shared[0][0]
 
     @property
     def mask_has(self) -> "MaskHas":
-        """Which kinds of weights there are; looked up once for each version of the mask."""
+        """Which kinds of weights there are; looked up once for each version of the mask, which `.data` has none of."""
         fixed = self.fixed
         if fixed is None:
             return MaskHas(random=True, pruned=False)
