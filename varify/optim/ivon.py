@@ -191,7 +191,7 @@ def _check(name: str, q: GaussianPosterior, known: Container[int]) -> None:
         moments(q.prior)
     except PriorError as error:
         raise PriorError(f"{name}: {error}") from None
-    if q.mu.grad is not None and q.rho.grad is None and q.rho.requires_grad and q.mask_has.random:
+    if q.mu.grad is not None and q.rho.grad is None and q.rho.requires_grad:
         raise ArgumentError(
             f"{name} has a gradient for its mean and none for its rho, so no weight was drawn: train in train mode, "
             "vnet.train(), and call vnet, not vnet.module"

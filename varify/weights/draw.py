@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varify.weights.fused import LARGE, is_ordinary, is_plain
+from varify.weights.fused import certain as certain_draw
 from varify.weights.fused import draws as fused_draws
 from varify.weights.kl import Posterior
 from varify.weights.noise import normals_like
@@ -24,7 +25,7 @@ def draw(posteriors: Mapping[str, Posterior], noise: dict[str, Tensor] | None = 
     """
     theta: dict[str, Tensor] = {}
     plain, differentiable, small = is_plain(), torch.is_grad_enabled(), _Together()
-    certain = {name: _means(q, new=True) for name, q in posteriors.items() if _is_certain(q)}
+    certain = {name: _certain(q, plain and differentiable) for name, q in posteriors.items() if _is_certain(q)}
     known = {} if noise is None else noise
     missing = posteriors
     if known or certain:
@@ -67,11 +68,17 @@ def _is_certain(q: Posterior) -> TypeGuard[GaussianPosterior]:
     return type(q) is GaussianPosterior and q.fixed is not None and not q.mask_has.random
 
 
-def _means(q: GaussianPosterior, new: bool = False) -> Tensor:
-    """The mean in the network's dtype: mu itself where nothing is pruned, or a new tensor of its numbers."""
-    if q.fixed is None or not q.mask_has.pruned:
-        return q.mu.clone() if new else q.mu
-    return cast(q.mean, q.mu.dtype)
+def _means(q: GaussianPosterior) -> Tensor:
+    """The mean in the network's dtype: mu itself where nothing is pruned."""
+    return q.mu if q.fixed is None or not q.mask_has.pruned else cast(q.mean, q.mu.dtype)
+
+
+def _certain(q: GaussianPosterior, differentiable: bool) -> Tensor:
+    """The draw of a posterior of which no weight is random: a new tensor, which the network may write into."""
+    means = _means(q)
+    if differentiable and is_ordinary(q.mu, q.rho):
+        return certain_draw(means, q.rho)
+    return means.clone() if means is q.mu else means
 
 
 def _is_fused(q: Posterior, eps: Tensor) -> TypeGuard[GaussianPosterior]:

@@ -79,6 +79,33 @@ class _Draws(torch.autograd.Function):
         return None, None, *grads, *to_rho
 
 
+class _Certain(torch.autograd.Function):
+    """A copy of the mean of a tensor of which nothing is random.
+
+    The gradient of rho is 0 and not none: DDP waits for it, and IVON takes none for a network in eval mode.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, rho: Tensor) -> Tensor:
+        ctx.shape, ctx.like = rho.shape, {"dtype": rho.dtype, "device": rho.device}
+        return mean.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        return grad, torch.zeros(ctx.shape, **ctx.like) if ctx.needs_input_grad[1] else None
+
+
+def certain(mean: Tensor, rho: Tensor) -> Tensor:
+    """The draw of a tensor of which nothing is random, `(*shape)` in the dtype of the mean: a copy of it.
+
+    Args:
+        mean: `(*shape)`.
+        rho: `(*shape)`, which gets a gradient of 0.
+    """
+    drawn: Tensor = _Certain.apply(mean, rho)  # type: ignore[no-untyped-call]
+    return drawn
+
+
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
