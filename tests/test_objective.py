@@ -255,3 +255,9 @@ def test_bad_objectives() -> None:
         varify.GaussianLikelihood()(torch.zeros(5, 1), torch.zeros(5))
     with pytest.raises(ValueError, match="the head has 3 outputs"):
         varify.HeteroscedasticGaussianLikelihood()(torch.zeros(5, 3), torch.zeros(5, 1))
+
+
+def test_a_variational_module_in_two_places_counts_once() -> None:
+    head = varify.variationalize(nn.Linear(3, 3))
+    network = nn.Sequential(head, nn.Tanh(), nn.Sequential(head))
+    assert varify.prior_loss(network).item() == pytest.approx(head.prior_loss().item())

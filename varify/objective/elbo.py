@@ -15,6 +15,7 @@ from varify.module import VariationalModule
 from varify.network.arguments import fewest, unpack
 from varify.network.signature import copied
 from varify.objective.schedules import Schedule
+from varify.weights.draw import fresh_noise
 from varify.within import learns_undrawn, pairs_draws, prior_loss, required_parts, sharing_sigma, variational_parts
 
 BOUNDS = ("elbo", "importance_weighted")
@@ -188,7 +189,7 @@ class ELBO:
             raise ArgumentError(f"bound='importance_weighted' needs a VariationalModule, not {type(vnet).__name__}")
         parts, nlls, log_ratios = variational_parts(vnet), [], []
         for _ in range(self.n_samples):
-            drawn = [(part, {name: q.noise() for name, q in part.posteriors.items()}) for part in parts]
+            drawn = [(part, fresh_noise(part.posteriors)) for part in parts]
             with ExitStack() as stack:
                 stack.enter_context(vnet.sampling())
                 for part, noise in drawn:

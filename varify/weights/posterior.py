@@ -97,7 +97,7 @@ class GaussianPosterior:
         return shared[0][0]
 
     @property
-    def mask_has(self) -> "MaskHas":
+    def mask_has(self) -> MaskHas:
         """Which kinds of weights there are; looked up once for each version of the mask, which `.data` has none of."""
         fixed = self.fixed
         if fixed is None:
