@@ -1,6 +1,7 @@
 """What the benchmarks compute by themselves."""
 
 import argparse
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ import torch.nn.functional as F
 
 from tests.benchmarks import rivals, uci
 from tests.benchmarks.defaults import TASKS, Data, parsed
+
+FILES = sorted(Path(__file__).parent.glob("benchmarks/**/[!_]*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_each_benchmark_can_be_imported_without_peers_and_data(file: Path) -> None:
+    name = ".".join(file.with_suffix("").relative_to(Path(__file__).parent.parent).parts)
+    assert (importlib.import_module(name).__doc__ or "").strip(), f"{name} does not say what it measures"
 
 
 def made_up(seed: int) -> Data:

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 import varify
 from tests import operators
-from tests.benchmarks.defaults import TREC, fetched, machine
+from tests.benchmarks.defaults import TREC, fetched
+from tests.benchmarks.records import machine
 from tests.test_checkpoints import folder
 
 FROZEN, TRAINING, ANCHORS, DRAWS, BATCH = 5, 256, 64, 8, 32

@@ -347,9 +347,9 @@ def resnet20(data: Data) -> nn.Module:
 TASKS = {
     "digits": Task(small_lenet, lambda root, seed: digits(seed), 60, 64),
     "mnist-mlp": Task(mlp, lambda root, seed: mnist(root), 10, 128),
-    "mnist-lenet": Task(lambda data: LeNet(), lambda root, seed: padded(mnist(root)), 3, 128),
+    "mnist-lenet": Task(lambda data: LeNet(), lambda root, seed: padded(mnist(root)), 10, 128),
     "fashion-lenet": Task(
-        lambda data: LeNet(), lambda root, seed: padded(mnist(root, "FashionMNIST", "MNIST")), 3, 128
+        lambda data: LeNet(), lambda root, seed: padded(mnist(root, "FashionMNIST", "MNIST")), 10, 128
     ),
     "trec": Task(lambda data: TextEncoder(int(data.train[0].max()) + 1), lambda root, seed: trec(root), 10, 64),
     "demand": Task(lambda data: Forecaster(), lambda root, seed: demand(root), 30, 64, True),

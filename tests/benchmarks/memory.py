@@ -24,8 +24,9 @@ from torch import Tensor, nn
 import varify
 from tests.benchmarks.common.memory import peak, restart_peak
 from tests.benchmarks.common.steps import ESTIMATORS, plain, with_varify
-from tests.benchmarks.common.timing import machine, write
+from tests.benchmarks.common.timing import write
 from tests.benchmarks.common.workloads import Workload, gpt2
+from tests.benchmarks.records import machine
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ten matrices": lambda: nn.Sequential(*(nn.Linear(1600, 1600, bias=False) for _ in range(10))),

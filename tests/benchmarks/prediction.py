@@ -9,11 +9,7 @@ the turns' ratios is given (of processor time on one CPU thread). The last row i
 """
 
 import argparse
-import contextlib
-import datetime
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +21,7 @@ from torch import Tensor, nn
 
 import varify
 from tests import operators
+from tests.benchmarks.records import machine
 from varify.experiments.models import LeNet
 
 RESULTS = Path(__file__).parent / "results" / "prediction.json"
@@ -120,14 +117,6 @@ def measured(case: Case, device: torch.device, budget: float) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -138,13 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
-    about = {
-        "machine": machine,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+    about = machine(device)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     ways = [*WAYS, "ensemble"]
     print(f"| network | draws | forward, ms | {' | '.join(ways)} |\n| --- | --- | --- |{' --- |' * len(ways)}")

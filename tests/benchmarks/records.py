@@ -1,5 +1,6 @@
 """Results of benchmarks as JSON files: figures by name, with machine, date and versions."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -15,13 +16,27 @@ import varify
 FOLDER = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where and when figures were made."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
-        "torch": torch.__version__,
+        "machine": f"{name}, {os.cpu_count()} cores, {platform.platform()}",
         "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.type,
     }
+
+
+def processor() -> str:
+    """Its name, by Linux' own word where there is one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def keep(path: Path | None, name: str, found: Mapping[str, object]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import varify
 from tests.benchmarks.common.steps import ESTIMATORS, Step, plain, with_varify
-from tests.benchmarks.common.timing import in_turns, machine, synchronized, write
+from tests.benchmarks.common.timing import in_turns, synchronized, write
 from tests.benchmarks.common.workloads import Workload
+from tests.benchmarks.records import machine
 
 TENSORS = (10, 50, 250, 1000, 5000)
 

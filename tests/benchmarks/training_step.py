@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.common.steps import ESTIMATORS, PEERS, Step, absent, compiled_plain, plain, with_peer, with_varify
-from tests.benchmarks.common.timing import in_turns, machine, ratios, synchronized, write
+from tests.benchmarks.common.timing import in_turns, ratios, synchronized, write
 from tests.benchmarks.common.workloads import WORKLOADS, workload
+from tests.benchmarks.records import machine
 
 
 def arms_of(name: str, device: torch.device, peers: list[str]) -> tuple[dict[str, Step], dict[str, str]]:

@@ -2,15 +2,15 @@
 
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.benchmarks.records import machine
 
 RESULTS = Path(__file__).parents[1] / "results"
 WARM_UP = 2
@@ -48,31 +48,6 @@ def ratios(times: Mapping[str, list[float]], to: str = "plain") -> dict[str, flo
     return {
         name: statistics.median(a / b for a, b in zip(each, times[to], strict=True)) for name, each in times.items()
     }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and when a table was made."""
-    name = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "date": date.today().isoformat(),
-        "processor": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device.type,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def write(path: Path, device: torch.device, table: object, part: str = "") -> None:
