@@ -1,7 +1,7 @@
 """A plain network against its variational twin, with one recipe on many data sets: which defaults hold everywhere?
 
     python -m tests.benchmarks.defaults --tasks digits mnist-mlp --seeds 3 --data-root DIR
-    python -m tests.benchmarks.defaults --recipe prior=1.0 sigma=constant:0.011 beta=auto:1 estimator=auto
+    python -m tests.benchmarks.defaults --recipe prior=1.0 sigma=constant:0.011 beta=auto:1 estimator=auto rise=0.5
 
 Both networks start from the same weights and have the same batches, epochs, optimizer (Adam) and learning-rate plan.
 Classification: error (%), NLL (nats), ECE (%, 15 bins, top label), mean
@@ -60,6 +60,7 @@ class Recipe:
         beta: weight of the KL: "auto:C" for C·max(r, √r) with r = num_data / number of variational weights,
             "linear:C" for C·r, at most 1, or a number.
         rho_lr: rate of the rho's, as a multiple of that of the means.
+        rise: share of the training over which the KL's weight rises from 0 on a line.
     """
 
     prior: str = "1.0"
@@ -67,6 +68,7 @@ class Recipe:
     beta: str = "auto:0.03"
     estimator: str = "auto"
     rho_lr: float = 5.0
+    rise: float = 0.0
 
 
 DEFAULT = Recipe()  # the library's own, which is then taken as it is
@@ -387,11 +389,13 @@ def train(
     """Either twin, in the same loop: of a plain network, the KL is 0."""
     num_data, epochs = len(data.train[0]), max(1, round(task.epochs * options.epochs))
     vnet = network if isinstance(network, varify.VariationalModule) else None
-    beta = 0.0 if vnet is None else weight_of_kl(vnet, num_data, recipe)
-    elbo = varify.ELBO(num_data=num_data, beta=beta)
+    beta: Any = 0.0 if vnet is None else weight_of_kl(vnet, num_data, recipe)
     lr = options.lr or task.lr
     optimizer = optimizer_of(network, criterion, lr, recipe.rho_lr)
     steps = epochs * math.ceil(num_data / task.batch)
+    if recipe.rise and not isinstance(beta, str):
+        beta = varify.schedules.warm_up(round(recipe.rise * steps), end=beta)
+    elbo = varify.ELBO(num_data=num_data, beta=beta)
     plan = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * min(1, s / steps))) if options.plan == "cosine" else 1.0
     )
