@@ -141,6 +141,24 @@ def test_batched_decides_and_is_checked() -> None:
         fitted(Masked(), [((x, MASK), y[:3])], batched=((True, False), True))
 
 
+@pytest.mark.parametrize("use", [varify.fit_sigma, varify.fit_temperature, varify.description_length])
+def test_batches_that_are_no_pairs_or_do_not_belong_together_are_refused(use: Any) -> None:
+    vnet = varify.variationalize(nn.Linear(4, 3)).eval()
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    options = {"num_data": 6} if use is varify.fit_sigma else {}
+    before = {name: q.sigma for name, q in vnet.posteriors.items()}
+    for batch, message in (
+        (x[:3], r"a batch must be \(inputs, targets\), got a Tensor"),
+        ((x, y, y), r"a batch must be \(inputs, targets\), got a tuple of 3"),
+        ((x, y[:5]), r"targets \(5,\) can't be cut into 6 data, as many as the inputs have"),
+    ):
+        if use is varify.description_length and len(batch) == 2:
+            continue  # whose nll is the batch's as a whole: the criterion itself refuses such a pair
+        with pytest.raises(varify.ArgumentError, match=message):
+            use(vnet, [batch], F.cross_entropy, **options)
+    assert all(torch.equal(q.sigma, before[name]) for name, q in vnet.posteriors.items())
+
+
 def test_a_structure_found_in_one_batch_must_hold_in_the_next() -> None:
     x, y = problem(5)
     weights = torch.rand(5, 4)

@@ -1,5 +1,6 @@
 """Each illness that `diagnose` knows, in a network that has it and no other; and what it leaves as it was."""
 
+import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ ALL = {
         "summed-criterion",
         "squared-error",
     ),
-    *("gradient-noise", "tiny-batch-norm", "equal-draws"),
+    *("gradient-noise", "tiny-batch-norm", "equal-draws", "noise-dominates"),
 }
 
 
@@ -227,7 +228,7 @@ def test_criteria_of_which_it_can_not_be_told() -> None:
 
     opaque = varify.variationalize(Opaque(network())).train()
     unknown = diagnosed(opaque, criterion=lambda output, y: F.cross_entropy(output.logits, y)).unchecked
-    assert set(unknown) == {"summed-criterion", "squared-error", "equal-draws"}
+    assert set(unknown) == {"summed-criterion", "squared-error", "equal-draws", "noise-dominates"}
     neither = diagnosed(made(), criterion=lambda output, target: output.square().sum().sqrt())
     assert neither.unchecked["summed-criterion"].startswith("the criterion is neither mean nor sum")
     refusing = diagnosed(made(), criterion=lambda output, y: F.cross_entropy(output.reshape(16, 3), y))
@@ -267,7 +268,7 @@ def test_a_sum_of_squared_errors_is_both() -> None:
 def test_gradients_that_are_noise() -> None:
     vnet = made(prior=Gaussian(std=20.0), init=Constant(10.0), estimator="weights")
     found = diagnosed(vnet)
-    assert found.names == ["gradient-noise"]
+    assert found.names == ["gradient-noise", "noise-dominates"]
     assert found[0].figures["mu"] < 1 / 19
     assert "estimator='auto'" in found[0].change
 
@@ -329,6 +330,23 @@ def test_draws_that_predict_the_same() -> None:
 
 
 # --- around it
+
+
+def test_noise_of_the_weights_that_drowns_what_the_means_know() -> None:
+    """Outputs of a linear network are Gaussian over draws, of a variance that is the sum of those of their terms."""
+    vnet = varify.variationalize(nn.Linear(4, 3, bias=False)).train()
+    with torch.no_grad():
+        vnet.module.weight.copy_(torch.eye(4)[:3])
+    x, y = classes().dataset.tensors
+    for sigma, names in ((0.1, []), (0.9, ["noise-dominates"])):
+        with torch.no_grad():
+            vnet.posteriors["weight"].rho.fill_(math.log(math.expm1(sigma)))
+        found = varify.diagnose(vnet, None, F.cross_entropy, batch=(x, y), num_data=2000, beta=0.01, n_draws=400)
+        assert found.names == names
+        figures = named(found, "noise-dominates").figures
+        # 400 draws of 12 weights: a relative standard error of 1 %
+        assert figures["draws"] == pytest.approx(sigma * float(x.square().sum(1).mean().sqrt()), rel=0.05)
+        assert figures["data"] == pytest.approx(float(x[:, :3].std(unbiased=False)), rel=0.05)
 
 
 def test_a_part_of_a_plain_network_and_one_within_data_parallel() -> None:
@@ -407,7 +425,7 @@ def test_a_diagnosis_is_text_and_html() -> None:
     found = diagnosed(made().eval(), num_data=16, beta=0.01)
     assert found.names == ["num-data", "eval-mode"]  # worst first
     lines = str(found).splitlines()
-    assert lines[0] == "Sequential: errors 1, warnings 1, fine 10, unknown 0"
+    assert lines[0] == "Sequential: errors 1, warnings 1, fine 11, unknown 0"
     assert lines[1].startswith("error    num-data: num_data=16, the size of the batch")
     assert lines[2].startswith("         -> divide the KL by the size of the training set")
     assert repr(found) == str(found)

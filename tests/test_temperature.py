@@ -197,18 +197,20 @@ def test_bounds_are_told_of() -> None:
     x, _ = data()
     vnet = sharp()
     labels = vnet.mean_model().eval()(x).argmax(1)
-    with pytest.warns(UserWarning, match=r"at its bound, 0.01: within these the means alone predict best") as told:
+    with pytest.warns(
+        varify.VarifyWarning, match=r"at its bound, 0.01: within these the means alone predict best"
+    ) as told:
         assert varify.fit_temperature(vnet, [(x, labels)], F.cross_entropy, bounds=(0.01, 1)) == pytest.approx(0.01)
     assert told[0].filename == __file__
     vnet = sharp()
     with pytest.warns(
-        UserWarning, match=r"its bound, 0.1: within these the NLL rises by more than the tolerance nowhere"
+        varify.VarifyWarning, match=r"its bound, 0.1: within these the NLL rises by more than the tolerance nowhere"
     ):
         found = varify.fit_temperature(
             vnet, [(x, labels)], F.cross_entropy, rule="tfb", tolerance=1e9, bounds=(0.01, 0.1)
         )
     assert found == pytest.approx(0.1)
-    with pytest.warns(UserWarning, match=r"its bound, 1: .* rises by more than the tolerance anywhere"):
+    with pytest.warns(varify.VarifyWarning, match=r"its bound, 1: .* rises by more than the tolerance anywhere"):
         varify.fit_temperature(sharp(), [(x, labels)], F.cross_entropy, rule="tfb", bounds=(1, 9))
 
 

@@ -577,8 +577,9 @@ def main() -> None:
         means = {figure: statistics.fmean(r[figure] for r in runs) for figure in runs[0] if figure != "seed"}
         changed = {k: getattr(options, k) for k in ("lr", "plan", "pretrained", "draws")}
         told = {"recipe": None if recipe is None else asdict(recipe), **changed}
-        epochs = "" if options.epochs == 1 else f", epochs x {options.epochs:g}"
-        keep(options.json, f"{name}, {title}{epochs}", {"settings": told, "seeds": len(runs), **means, "runs": runs})
+        budget = "" if options.epochs == 1 else f", epochs x {options.epochs:g}"
+        budget += f", lr {options.lr:g}" if options.lr else ""
+        keep(options.json, f"{name}, {title}{budget}", {"settings": told, "seeds": len(runs), **means, "runs": runs})
 
 
 if __name__ == "__main__":

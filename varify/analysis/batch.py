@@ -97,15 +97,38 @@ class Flat:
             raise ArgumentError(f"{tensors} should each have an entry for each datum, but their lengths differ; {HINT}")
         return next(iter(lengths.values()))
 
+    def divides(self, i: int, size: int) -> bool:
+        """Whether leaf `i` can be cut into so many data."""
+        return bool(len(self.leaves[i])) and len(self.leaves[i]) % size == 0
+
+    def uncut(self, i: int, size: int) -> ArgumentError:
+        """What to raise where it can't."""
+        tensor = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
+        return ArgumentError(
+            f"{tensor} can't be cut into {size} data, as many as the inputs have. If it belongs to these inputs, {HINT}"
+        )
+
     def batch(self, chosen: Leaves) -> Batch:
         """The batch with `chosen` split into as many data as the inputs have."""
         size = self.size(chosen)
         for i in sorted(chosen):
-            if not len(self.leaves[i]) or len(self.leaves[i]) % size:
-                tensor = f"{self.names[i]} {tuple(self.leaves[i].shape)}"
-                raise ArgumentError(f"{tensor} can't be cut into {size} data, as many as the inputs have; {HINT}")
+            if not self.divides(i, size):
+                raise self.uncut(i, size)
         entries = [len(x) // size if i in chosen else 0 for i, x in enumerate(self.leaves)]
         return Batch(self.leaves, self.spec, entries, size)
+
+
+def pair(batch: object) -> tuple[Any, Any]:
+    """(inputs, targets), as a loader gives them.
+
+    Raises:
+        ArgumentError: it gives something else.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise ArgumentError(f"a batch must be (inputs, targets), got a {what}")
+    inputs, targets = batch
+    return inputs, targets
 
 
 def output_of(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

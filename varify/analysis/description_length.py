@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from varify.analysis.batch import pair
 from varify.analysis.splitting import Splitter
 from varify.errors import ArgumentError, positive_int
 from varify.module import VariationalModule
@@ -78,7 +79,8 @@ def description_length(
     n_samples = positive_int("n_samples", n_samples)
     nats, num_data = 0.0, 0
     splitter = Splitter(vnet, loader, criterion, batched)
-    for inputs, targets in loader:
+    for batch in loader:
+        inputs, targets = pair(batch)
         args, kwargs = unpack(inputs, vnet)
         size = splitter.size(inputs, targets)
         outputs = outputs_of_draws(vnet, args, kwargs, n_samples, vectorize=False).outputs

@@ -2,23 +2,20 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from varify.analysis import symptoms  # noqa: F401  # which are added to the checks
+from varify.analysis import symptoms, symptoms_in_a_batch  # noqa: F401  # which are added to the checks
 from varify.analysis.checks import CHECKS
-from varify.analysis.evidence import Evidence, FirstBatch, posteriors_of, total_of
+from varify.analysis.evidence import Evidence, first_batch, posteriors_of, random_numbers_kept
 from varify.analysis.findings import Diagnosis, Finding
 from varify.errors import ArgumentError, ModelError, positive_int
 from varify.module import VariationalModule
 from varify.network.sharding import refuse_sharded
 from varify.objective.elbo import Criterion, check_criterion, kl_weight
-from varify.posteriors import cuda_devices
 from varify.within import variational_parts
 
 NEEDS = {"batch": "a loader or batch"}  # as a user calls it
@@ -64,8 +61,8 @@ def diagnose(
         raise ArgumentError(f"beta must be 'auto' or a number of at least 0, such as elbo.beta, got {beta!r}")
     if criterion is not None:
         check_criterion(criterion)
-    with _random_numbers_kept(network, loader):
-        given = _first_batch(network, loader, batch)
+    with random_numbers_kept(network, loader):
+        given = first_batch(network, loader, batch)
         criterion = copy.deepcopy(criterion) if isinstance(criterion, nn.Module) else criterion
         evidence = Evidence(network, posteriors_of(network), given, criterion, num_data, float(beta), n_draws)
         findings, unchecked = _checked(evidence)
@@ -100,34 +97,3 @@ def _checked_network(vnet: Any) -> nn.Module:
     refuse_sharded(vnet, "diagnose()")
     network: nn.Module = vnet
     return network
-
-
-def _first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object) -> FirstBatch | None:
-    if loader is not None and batch is not None:
-        raise ArgumentError("loader and batch exclude each other: the batch that is looked at is the loader's first")
-    if loader is None and batch is None:
-        return None
-    pair = batch if loader is None else next(iter(loader), None)
-    if loader is not None and pair is None:
-        raise ArgumentError("loader must give a batch of (inputs, targets), got an empty one")
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        what = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
-        raise ArgumentError(f"a batch must be (inputs, targets), got a {what}")
-    inputs, targets = pair
-    found = FirstBatch.of(network, inputs, targets, total_of(network, loader))
-    if not found.size:
-        raise ArgumentError("a batch must have data, got inputs of length 0")
-    return found
-
-
-@contextmanager
-def _random_numbers_kept(network: nn.Module, loader: object) -> Iterator[None]:
-    devices = sorted({i for part in variational_parts(network) for i in cuda_devices(part.posteriors)})
-    own = [g for g in (getattr(loader, "generator", None),) if isinstance(g, torch.Generator)]
-    before = [g.get_state() for g in own]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for generator, state in zip(own, before, strict=True):
-            generator.set_state(state)

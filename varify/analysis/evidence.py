@@ -1,6 +1,7 @@
 """What a diagnosis rests on: the weights of a network, and what a copy of it does with a batch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DistributedSampler, RandomSampler, WeightedRandomSampler
 
-from varify.analysis.batch import output_of
+from varify.analysis.batch import output_of, pair
+from varify.errors import ArgumentError
 from varify.module import VariationalModule
 from varify.network.arguments import has_length, unpack
 from varify.network.copies import copy_network
 from varify.objective.elbo import scalar
+from varify.posteriors import cuda_devices
 from varify.weights.posterior import GaussianPosterior
 from varify.within import sampling, variational_parts
 
@@ -49,7 +52,7 @@ def size_of(network: nn.Module, inputs: object) -> int:
 def total_of(network: nn.Module, loader: Iterable[Any] | None) -> int | None:
     """How many data a loader has, where that can be told without going through it."""
     if isinstance(loader, (list, tuple)):
-        return sum(size_of(network, inputs) for inputs, _ in loader)
+        return sum(size_of(network, pair(batch)[0]) for batch in loader)
     sampler: Any = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         sampler = sampler.dataset  # it has a share of them, one for each process
@@ -57,6 +60,40 @@ def total_of(network: nn.Module, loader: Iterable[Any] | None) -> int | None:
         sampler = None  # its length is how many of them an epoch takes
     sources: tuple[Any, ...] = (sampler, getattr(loader, "dataset", None))
     return next((len(source) for source in sources if hasattr(source, "__len__")), None)
+
+
+def first_batch(network: nn.Module, loader: Iterable[Any] | None, batch: object) -> FirstBatch | None:
+    """Of the loader, or the batch that is given; None without either.
+
+    Raises:
+        ArgumentError: both, an empty loader, or a batch that is no pair or has no data.
+    """
+    if loader is not None and batch is not None:
+        raise ArgumentError("loader and batch exclude each other: the batch that is looked at is the loader's first")
+    if loader is None and batch is None:
+        return None
+    first = batch if loader is None else next(iter(loader), None)
+    if loader is not None and first is None:
+        raise ArgumentError("loader must give a batch of (inputs, targets), got an empty one")
+    inputs, targets = pair(first)
+    found = FirstBatch.of(network, inputs, targets, total_of(network, loader))
+    if not found.size:
+        raise ArgumentError("a batch must have data, got inputs of length 0")
+    return found
+
+
+@contextmanager
+def random_numbers_kept(network: nn.Module, loader: object) -> Iterator[None]:
+    """After it torch's random numbers, and those of the loader's own generator, go on as if nothing had been."""
+    devices = sorted({i for part in variational_parts(network) for i in cuda_devices(part.posteriors)})
+    own = [g for g in (getattr(loader, "generator", None),) if isinstance(g, torch.Generator)]
+    before = [g.get_state() for g in own]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for generator, state in zip(own, before, strict=True):
+            generator.set_state(state)
 
 
 class Running:

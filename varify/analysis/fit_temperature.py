@@ -70,8 +70,7 @@ def fit_temperature(
         StructureError: the parameters are in parts (FSDP2).
 
     Warns:
-        UserWarning: t is at one of the bounds.
-        VarifyWarning: the loader, or its data set, is the one that `fit_sigma` had.
+        VarifyWarning: t is at one of the bounds, or the loader or its data set is the one that `fit_sigma` had.
     """
     low, high = _checked(vnet, n_samples, rule, tolerance, bounds)
     if data_of_sigmas.were(vnet, loader):
@@ -98,7 +97,7 @@ def fit_temperature(
     t = math.exp(found)
     new = {name: q.tempered(t).rho for name, q in vnet.posteriors.items()}
     if found in (low, high):
-        warnings.warn(_told(found == low, rule, t), stacklevel=3)  # the caller, beyond no_grad's wrapper
+        warnings.warn(_told(found == low, rule, t), VarifyWarning, stacklevel=3)  # the caller, beyond no_grad's wrapper
     for name, q in vnet.posteriors.items():
         q.rho.copy_(new[name])
     return t

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, output_of, spread
+from varify.analysis.batch import HINT, INPUTS, TARGETS, Batch, Flat, Leaves, output_of, pair, spread
 from varify.errors import ArgumentError, listed
 from varify.module import VariationalModule
 from varify.network.arguments import has_length
@@ -33,8 +33,8 @@ class Batches:
         self._loader, self._splitter = loader, Splitter(vnet, loader, criterion, batched)
 
     def __iter__(self) -> Iterator[Batch]:
-        for inputs, targets in self._loader:
-            batch = self._splitter.split(inputs, targets)
+        for pair_of_batch in self._loader:
+            batch = self._splitter.split(*pair(pair_of_batch))
             if batch.size:
                 yield batch
 
@@ -125,7 +125,10 @@ class Splitter:
         if key not in self._found:
             if len(tensors) == 1 and len(flat.leaves[tensors[0]]) == size:
                 return frozenset(tensors)
-            guesses = _subsets([i for i in tensors if len(flat.leaves[i]) and len(flat.leaves[i]) % size == 0])
+            cut = [i for i in tensors if flat.divides(i, size)]
+            if not cut:
+                raise flat.uncut(tensors[0], size)
+            guesses = _subsets(cut)
             fitting = [guess for guess in guesses if self._adds_up(flat, inputs | guess)]
             # only unflattened ones: lengths do not tell in which order targets were flattened
             whole = [guess for guess in guesses if all(len(flat.leaves[i]) == size for i in guess)]
@@ -155,7 +158,7 @@ class Splitter:
         """Of the guesses, those whose lengths vary together over the loader, with the lengths of `inputs`."""
         lengths = []
         for batch in self._loader:
-            other = Flat.of(self._vnet, *batch)
+            other = Flat.of(self._vnet, *pair(batch))
             if other.key != flat.key:
                 return []
             lengths.append([len(x) if has_length(x) else 0 for x in other.leaves])

@@ -1,10 +1,9 @@
-"""The checks of a diagnosis: each from evidence to what it found, in words."""
+"""Checks of the weights and of the objective: each from evidence to what it found, in words."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from varify.analysis.checks import Found, check
@@ -22,10 +21,6 @@ MOSTLY = 0.5  # a share from which on the prior has the loss, or the weights
 LEAST_LEARNED, LEARNED = 0.01, 0.5
 COLLAPSED = 1e-3  # sigma relative to what a weight could be
 MANY_COLLAPSED = 0.1
-# Adam's beta1 = 0.9 averages (1 + beta1)/(1 - beta1) = 19 gradients: below 1/19 a step is more noise than signal.
-LEAST_SIGNAL = 1 / 19
-TINY_BATCH = 8
-LEAST_SPREAD = 1e-3  # of the outputs over draws, relative to that over data
 ROUNDING = 1e-3  # relative: losses may be in half precision
 
 
@@ -42,7 +37,9 @@ def _not_finite(e: Evidence) -> Found | str:
 
 @check(
     "eval-mode",
-    change="call vnet.train() before the training loop; networks from checkpoints often arrive in eval mode",
+    change="call vnet.train() before the training loop; networks from checkpoints often arrive in eval mode. One that "
+    "was trained so has sigmas that nothing but the prior held: varify.variationalize(vnet.mean_model()) starts anew "
+    "from its means",
 )
 def _eval_mode(e: Evidence) -> Found | str:
     if not learns_undrawn(e.network):
@@ -128,8 +125,9 @@ def _not_finite_loss(e: Evidence) -> Found | str:
 @check(
     "kl-dominates",
     *("batch", "criterion", "num_data"),
-    change="where the nll does not fall, lower beta or warm it up (varify.schedules.warm_up), fit the prior "
-    "(varify.fit_prior), or center it on a pretrained network (varify.priors.Gaussian(centered=True))",
+    change="where the nll does not fall, lower beta or warm it up (varify.schedules.warm_up) and start anew, since a "
+    "network at its prior hardly leaves it; fit the prior (varify.fit_prior), or center it on a pretrained network "
+    "(varify.priors.Gaussian(centered=True))",
 )
 def _kl_dominates(e: Evidence) -> Found | str:
     nll = e.trained.nll
@@ -143,7 +141,7 @@ def _kl_dominates(e: Evidence) -> Found | str:
     message = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
     figures, learned = {"share": part, "kl": kl, "nll": nll}, e.learned
     if part >= MOSTLY and learned is not None:
-        message += f" (by {learned:.2g} of that less than with targets of other data)"
+        message += f", {abs(learned):.0%} {'less' if learned >= 0 else 'more'} than with the targets of other data"
         figures["learned"] = learned
     if part < MOSTLY or (learned is not None and learned > LEARNED):
         # Even tempered, the KL of many weights is most of the loss once the nll is small: most of it is the same for
@@ -219,62 +217,3 @@ def _squared_error(e: Evidence) -> Found | str:
                 )
                 return Found("error", message, {"var": var, "mse": mse})
     return Found("fine", "the criterion is no bare squared error")
-
-
-# --- the batch
-
-
-@check(
-    "gradient-noise",
-    *("batch", "criterion"),
-    change="a step is more noise than signal even after Adam's average over 19: larger batches, "
-    "variationalize(..., estimator='auto'), more draws (ELBO(n_samples=...)), or smaller sigmas at the start",
-)
-def _gradient_noise(e: Evidence) -> Found | str:
-    learned = {name: g for name, g in (("mu", e.trained.mu), ("rho", e.trained.rho)) if g.mean}
-    if not learned:
-        return "no mu and no rho has a gradient"
-    snr = {name: g.signal_to_noise for name, g in learned.items()}
-    if any(math.isnan(value) for value in snr.values()):
-        return "the gradients are not finite"
-    message = " and ".join(f"{value:.3g} for {name}" for name, value in snr.items())
-    message = f"mean²/variance of the nll's gradient over draws of the weights, on this batch: {message}"
-    return Found("warning" if snr.get("mu", math.inf) < LEAST_SIGNAL else "fine", message, snr)
-
-
-@check(
-    "tiny-batch-norm",
-    "batch",
-    change=f"use batches of at least {TINY_BATCH}, put these layers in eval mode, or use GroupNorm",
-)
-def _tiny_batch_norm(e: Evidence) -> Found | str:
-    norms = [
-        name
-        for name, m in e.network.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)
-    ]
-    if not norms:
-        return Found("fine", "nothing normalizes by the statistics of a batch")
-    message = f"{listed(norms)} normalize by the statistics of a batch of {e.batch.size}"
-    return Found("warning" if e.batch.size < TINY_BATCH else "fine", message, {"batch": e.batch.size})
-
-
-@check(
-    "equal-draws",
-    "batch",
-    change="there is no uncertainty to predict with: vnet.summary() tells the sigmas, and what is deterministic; "
-    "choose by where= parameters that the network uses",
-)
-def _equal_draws(e: Evidence) -> Found | str:
-    means = [mean.flatten() for mean in e.predicted.mean]
-    n = sum(mean.numel() for mean in means)
-    if not n:
-        return "the network returns no floating-point tensor"
-    spread, outputs = math.sqrt(e.predicted.noise / n), torch.cat(means)
-    if not math.isfinite(spread):
-        return "the outputs are not finite"
-    # over the data, since outputs may be far from 0 all together
-    scale = float(outputs.std(unbiased=False)) or float(outputs.square().mean().sqrt())
-    message = f"predictions differ between draws by {spread:.3g}, and between data and outputs by {scale:.3g}"
-    ill = spread <= LEAST_SPREAD * scale
-    return Found("error" if ill else "fine", message, {"draws": spread, "data": scale})
