@@ -356,7 +356,7 @@ def test_a_resumed_training_continues_to_the_bit(tmp_path: Path, loaded_first: b
             step(net, opt, seed)
             plan.step()
     torch.testing.assert_close(numbers(other), numbers(vnet), rtol=0, atol=0)
-    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.3 * 0.5**3
 
 
 def test_a_rate_plan_may_cycle_the_momentum() -> None:

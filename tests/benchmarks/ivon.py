@@ -66,7 +66,7 @@ def plain(model: str, num_data: int, lr: float) -> Arm:
 
 def bayesian(kind: str, estimator: str) -> Callable[[str, int, float], Arm]:
     def arm(model: str, num_data: int, lr: float) -> Arm:
-        vnet, elbo = variational(model, estimator), varify.ELBO(num_data=num_data)
+        vnet, elbo = variational(model, estimator), varify.ELBO(num_data=num_data, beta=1)
         optimizer: torch.optim.Optimizer = (
             varify.optim.IVON(vnet, lr, num_data=num_data, betas=BETAS, hess_init=HESS)
             if kind == "ivon"
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=0.3)
     parser.add_argument("--peer", action="store_true")
     options = parser.parse_args()
     if options.peer:

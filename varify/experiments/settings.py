@@ -46,7 +46,7 @@ class Settings:
     optimizer: str = setting("adam", "of the variational network; the plain one has adam", OPTIMIZERS)
     lr: float = setting(2e-3, "adam's rate, of weights and means")
     rho_lr: float | None = setting(None, "adam's rate of the rho's")
-    ivon_lr: float = setting(0.1, "ivon's rate")
+    ivon_lr: float = setting(0.3, "ivon's rate")
     hess_init: float = setting(1.0, "ivon's first curvature: 1 for a thousand images, 0.1 for sixty thousand")
     lr_plan: str = setting("cosine", "of the rates; plateau: a tenth after six epochs without a lower NLL", PLANS)
     beta: str = setting("auto", "weight of the KL: a number, 1 for the evidence lower bound, or auto")

@@ -29,7 +29,7 @@ class IVON(torch.optim.Optimizer):
     r"""Improved variational online Newton on a variational network (Shen et al. 2024, arXiv:2402.17641, algorithm 1).
 
     ```python
-    optimizer = varify.optim.IVON(vnet, lr=0.1, num_data=len(train_set))
+    optimizer = varify.optim.IVON(vnet, lr=0.3, num_data=len(train_set))
     optimizer.zero_grad()
     elbo(vnet, F.cross_entropy, x, y).nll.backward()  # nll, not loss
     optimizer.step()
@@ -57,7 +57,8 @@ class IVON(torch.optim.Optimizer):
 
     Args:
         network: a variational module, or any module with variational parts, also within DDP.
-        lr: rate; the first step of a weight is lr times its gradient, prior included.
+        lr: rate; the first step of a weight is lr times its gradient, prior included. 0.3 serves some hundred to
+            thousand steps; 0.1 wants more.
         num_data: size of the training set, the same as the `ELBO`'s: a `VarifyWarning` tells once where it is not.
         beta: weight of the KL, as in `ELBO`, whose own has no effect on the nll.
         betas: of the averages of gradient and curvature. The curvature is noisy: 1/(1 − betas[1]) is to be a fair
@@ -80,7 +81,7 @@ class IVON(torch.optim.Optimizer):
     def __init__(
         self,
         network: nn.Module,
-        lr: float = 0.1,
+        lr: float = 0.3,
         *,
         num_data: int,
         beta: float = 1.0,
