@@ -207,6 +207,7 @@ def test_a_criterion_that_is_a_sum(scale: float) -> None:
     found = diagnosed(made(), criterion=criterion)
     assert found.names == ["summed-criterion"]
     assert found[0].figures["ratio"] == pytest.approx(2.0)
+    assert "nll per datum is unknown" in found.unchecked["kl-dominates"]
 
 
 def test_criteria_of_which_it_can_not_be_told() -> None:

@@ -137,6 +137,8 @@ def _kl_dominates(e: Evidence) -> Found | str:
         return f"the loss is not finite: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
     if nll <= 0:
         return f"the nll of {nll:.4g} is not positive, as that of a density may be, so the KL is no share of the loss"
+    if _is_sum(_once_and_twice(e)):
+        return "the criterion is no mean over the batch, so the nll per datum is unknown"
     part = kl / (kl + nll)
     message = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
     figures, learned = {"share": part, "kl": kl, "nll": nll}, e.learned
@@ -172,19 +174,12 @@ def _num_data(e: Evidence) -> Found | str:
     change="use a criterion that is a mean over the batch (reduction='mean'): elbo adds KL/num_data to it",
 )
 def _summed_criterion(e: Evidence) -> Found | str:
-    leaves = pytree.tree_leaves(e.trained.output)
-    if not any(has_length(x) for x in leaves):
-        return f"the network returns a {type(e.trained.output).__name__} without a tensor that can be doubled"
-    with torch.no_grad():
-        value = e.criterion(e.trained.output, e.batch.targets)
-        if any(value is x for x in leaves):
-            return "the network computes the loss itself"
-        try:
-            once, twice = float(value), float(scalar(e.criterion(doubled(e.trained.output), doubled(e.batch.targets))))
-        except Exception as error:
-            return f"the criterion takes no batch of twice the size ({type(error).__name__}: {error})"
+    found = _once_and_twice(e)
+    if isinstance(found, str):
+        return found
+    once, twice = found
     ratio = twice / once if once else math.nan
-    if abs(ratio - 2) < 0.02:
+    if _is_sum(found):
         message = (
             f"the criterion goes from {once:.4g} to {twice:.4g} for a batch and its copy: it is a sum, or divided by a "
             f"fixed number. A sum makes the KL count {e.batch.size} times too little"
@@ -193,6 +188,25 @@ def _summed_criterion(e: Evidence) -> Found | str:
     if abs(ratio - 1) < 0.02:
         return Found("fine", "the criterion is a mean over the batch", {"ratio": ratio})
     return f"the criterion is neither mean nor sum: {once:.4g} for the batch, {twice:.4g} for it and its copy"
+
+
+def _is_sum(found: tuple[float, float] | str) -> bool:
+    return not isinstance(found, str) and bool(found[0]) and abs(found[1] / found[0] - 2) < 0.02
+
+
+def _once_and_twice(e: Evidence) -> tuple[float, float] | str:
+    """The criterion of the batch, and of the batch and its copy; why it can't be told."""
+    leaves = pytree.tree_leaves(e.trained.output)
+    if not any(has_length(x) for x in leaves):
+        return f"the network returns a {type(e.trained.output).__name__} without a tensor that can be doubled"
+    with torch.no_grad():
+        value = e.criterion(e.trained.output, e.batch.targets)
+        if any(value is x for x in leaves):
+            return "the network computes the loss itself"
+        try:
+            return float(value), float(scalar(e.criterion(doubled(e.trained.output), doubled(e.batch.targets))))
+        except Exception as error:
+            return f"the criterion takes no batch of twice the size ({type(error).__name__}: {error})"
 
 
 @check(
