@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import varify
+from varify.analysis.evidence import Evidence, FirstBatch, posteriors_of
 from varify.inits import Constant
 from varify.priors import Gaussian, ScaleMixture
 
@@ -75,7 +76,8 @@ def test_what_was_not_given_is_not_checked_and_said() -> None:
     assert found.unchecked["kl-dominates"] == "needs a loader or batch and criterion and num_data"
     assert "unknown  equal-draws: needs a loader or batch" in str(found)
     assert set(varify.diagnose(made(), classes()).unchecked) == {
-        *("not-finite-loss", "kl-dominates", "num-data", "summed-criterion", "squared-error", "gradient-noise")
+        *("not-finite-loss", "kl-dominates", "num-data", "summed-criterion", "squared-error"),
+        *("gradient-noise", "noise-dominates"),
     }
 
 
@@ -152,11 +154,11 @@ def test_the_mask_of_pruned_weights_is_left_out() -> None:
 def test_a_divergence_that_outweighs_the_data() -> None:
     vnet = made(init="relative")
     found = diagnosed(vnet, classes(60), num_data=60, beta=1.0)
-    assert found.names == ["kl-dominates"]
+    assert found.names == ["kl-dominates", "noise-dominates"]  # it is not trained yet
     kl, share = vnet.prior_loss().item() / 60, found[0].figures["share"]
     assert found[0].figures["kl"] == pytest.approx(kl)
     assert share == pytest.approx(kl / (kl + found[0].figures["nll"]))
-    assert not diagnosed(vnet, classes(60), num_data=60, beta=0.1)
+    assert "kl-dominates" not in diagnosed(vnet, classes(60), num_data=60, beta=0.1).names
 
 
 @pytest.mark.parametrize(("scale", "severity"), [(0.0, "error"), (0.2, "warning"), (5.0, "fine")])
@@ -333,21 +335,48 @@ def test_draws_that_predict_the_same() -> None:
 # --- around it
 
 
-def test_noise_of_the_weights_that_drowns_what_the_means_know() -> None:
+@pytest.mark.parametrize("zero", [0.0, 9.0])  # of the criterion, which a density's may have anywhere
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_noise_of_the_weights_that_drowns_what_the_means_know(offset: float, zero: float) -> None:
     """Outputs of a linear network are Gaussian over draws, of a variance that is the sum of those of their terms."""
-    vnet = varify.variationalize(nn.Linear(4, 3, bias=False)).train()
+    vnet = varify.variationalize(nn.Linear(4, 3), where="weight").train()
     with torch.no_grad():
         vnet.module.weight.copy_(torch.eye(4)[:3])
+        vnet.module.bias.copy_(offsets := offset * torch.arange(3.0))  # which says nothing of the data
     x, y = classes().dataset.tensors
-    for sigma, names in ((0.1, []), (0.9, ["noise-dominates"])):
+    others = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]  # that nobody could have learned
+    criterion = lambda output, target: F.cross_entropy(output - offsets, target) - zero  # noqa: E731
+    for sigma, targets, names in ((0.1, others, []), (0.9, y, []), (0.9, others, ["noise-dominates"])):
         with torch.no_grad():
             vnet.posteriors["weight"].rho.fill_(math.log(math.expm1(sigma)))
-        found = varify.diagnose(vnet, None, F.cross_entropy, batch=(x, y), num_data=2000, beta=0.01, n_draws=400)
+        found = varify.diagnose(vnet, None, criterion, batch=(x, targets), num_data=2000, beta=0.01, n_draws=400)
         assert found.names == names
         figures = named(found, "noise-dominates").figures
         # 400 draws of 12 weights: a relative standard error of 1 %
         assert figures["draws"] == pytest.approx(sigma * float(x.square().sum(1).mean().sqrt()), rel=0.05)
-        assert figures["data"] == pytest.approx(float(x[:, :3].std(unbiased=False)), rel=0.05)
+        assert figures["data"] == pytest.approx(float(x[:, :3].std(0, unbiased=False).square().mean().sqrt()), rel=0.05)
+
+
+def test_few_draws_that_fit_by_chance_have_not_learned() -> None:
+    """Of 16 draws that know nothing, the nll is 1 % less than with others' targets in many of 8 seeds, by chance; above
+    three standard errors with a probability of 0.5 % each (Student's t of 15)."""
+    vnet, (x, y) = made(prior=Gaussian(std=20.0), init=Constant(10.0)), classes().dataset.tensors
+    by_chance = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        evidence = Evidence(vnet, posteriors_of(vnet), FirstBatch.of(vnet, x, y, None), F.cross_entropy, 2000, 1.0, 16)
+        by_chance += evidence.trained.learned > 0.01
+        torch.manual_seed(seed)
+        assert "noise-dominates" in varify.diagnose(vnet, None, F.cross_entropy, batch=(x, y)).names
+    assert by_chance
+
+
+def test_noise_without_targets_to_compare_is_unknown() -> None:
+    vnet, (x, y) = made(init=Constant(10.0)), classes().dataset.tensors
+    same = varify.diagnose(vnet, None, F.cross_entropy, batch=(x[:16], torch.zeros(16, dtype=torch.long)))
+    assert "for want of data with other targets" in same.unchecked["noise-dominates"]
+    ignored = varify.diagnose(vnet, None, lambda output, _: output.square().mean(), batch=(x[:16], y[:16]))
+    assert "noise-dominates" in ignored.unchecked
 
 
 def test_a_part_of_a_plain_network_and_one_within_data_parallel() -> None:

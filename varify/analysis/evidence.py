@@ -21,6 +21,10 @@ from varify.posteriors import cuda_devices
 from varify.weights.posterior import GaussianPosterior
 from varify.within import sampling, variational_parts
 
+LEAST_LEARNED = (
+    0.01  # of the nll, what having the data's own targets, and not others', makes it less: below it, nothing
+)
+
 
 class FirstBatch(NamedTuple):
     """One batch; `size` data, of `total` in the loader, None where that is unknown."""
@@ -131,16 +135,37 @@ class Trained(NamedTuple):
     """What a copy of the network does with the batch as it is trained, over draws.
 
     Attributes:
-        nll: of the batch, mean over the draws.
+        losses: the nll of the batch, of each draw.
+        others: likewise with targets of other data; None where these can't be told apart.
         output: of one draw.
         mu: gradients of the nll with respect to the means; without draws where none is learned.
         rho: likewise.
     """
 
-    nll: float
+    losses: Tensor
+    others: Tensor | None
     output: Any
     mu: Running
     rho: Running
+
+    @property
+    def nll(self) -> float:
+        """Of the batch, mean over the draws."""
+        return float(self.losses.mean())
+
+    @property
+    def learned(self) -> float | None:
+        """How much less the nll is than with targets of other data, relative; None where that can't be told."""
+        other = 0.0 if self.others is None else float(self.others.mean())
+        return (other - self.nll) / abs(other) if other else None
+
+    @property
+    def gain(self) -> float | None:
+        """How much less it is, in standard errors of the mean over draws; None where targets make no difference."""
+        if self.others is None or torch.equal(self.others, self.losses):
+            return None
+        gains = self.others - self.losses
+        return float(gains.mean() / (gains.std() / len(gains) ** 0.5))
 
 
 @dataclass(frozen=True)
@@ -174,7 +199,8 @@ class Evidence:
             part.training = True  # and not those of its modules: a frozen normalization layer stays as it is
         qs = [q for part in parts for q in part.posteriors.values()]
         mus, rhos = ([p for p in ps if p.requires_grad] for ps in ([q.mu for q in qs], [q.rho for q in qs]))
-        losses, mu, rho = [], Running(), Running()
+        losses, others, mu, rho = [], [], Running(), Running()
+        swapped_targets = swapped(batch.targets, batch.size)
         with torch.enable_grad():
             if any(part.posteriors.settings.wants_estimators for part in parts):
                 batch.call(network)  # the first call has no estimators
@@ -182,22 +208,15 @@ class Evidence:
                 output = batch.call(network)
                 loss = scalar(criterion(output, batch.targets))
                 losses.append(loss.detach())
+                if swapped_targets is not None:
+                    with torch.no_grad():
+                        others.append(scalar(criterion(output, swapped_targets)).detach())
                 if loss.requires_grad and (mus or rhos):
                     found = torch.autograd.grad(loss, [*mus, *rhos], allow_unused=True, materialize_grads=True)
                     mu.add(found[: len(mus)])
                     rho.add(found[len(mus) :])
         output = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, output)
-        return Trained(float(torch.stack(losses).mean()), output, mu, rho)
-
-    @property
-    def learned(self) -> float | None:
-        """How much less the nll is than with targets of other data, relative; None where these can't be told apart."""
-        others = swapped(self.batch.targets, self.batch.size)
-        if others is None:
-            return None
-        with torch.no_grad():
-            own, other = (float(scalar(self.criterion(self.trained.output, y))) for y in (self.batch.targets, others))
-        return 1 - own / other if other > 0 else None
+        return Trained(torch.stack(losses), torch.stack(others) if others else None, output, mu, rho)
 
     @cached_property
     def predicted(self) -> Running:

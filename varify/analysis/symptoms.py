@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from varify.analysis.checks import Found, check
-from varify.analysis.evidence import Evidence, doubled, floating, share
+from varify.analysis.evidence import LEAST_LEARNED, Evidence, doubled, floating, share
 from varify.errors import listed
 from varify.network.arguments import has_length
 from varify.objective.elbo import scalar
@@ -16,9 +16,7 @@ from varify.weights.posterior import GaussianPosterior
 from varify.within import learns_undrawn
 
 MOSTLY = 0.5  # a share from which on the prior has the loss, or the weights
-# Of the nll, what having the data's own targets, and not others', makes it less: below the one nothing was learned,
-# above the other it was.
-LEAST_LEARNED, LEARNED = 0.01, 0.5
+LEARNED = 0.5  # of the nll, what having the data's own targets, and not others', makes it less: above it, much
 COLLAPSED = 1e-3  # sigma relative to what a weight could be
 MANY_COLLAPSED = 0.1
 ROUNDING = 1e-3  # relative: losses may be in half precision
@@ -38,8 +36,8 @@ def _not_finite(e: Evidence) -> Found | str:
 @check(
     "eval-mode",
     change="call vnet.train() before the training loop; networks from checkpoints often arrive in eval mode. One that "
-    "was trained so has sigmas that nothing but the prior held: varify.variationalize(vnet.mean_model()) starts anew "
-    "from its means",
+    "was trained so has sigmas that nothing but the prior held: varify.variationalize(vnet.mean_model()).train() is a "
+    "new start from its means",
 )
 def _eval_mode(e: Evidence) -> Found | str:
     if not learns_undrawn(e.network):
@@ -141,7 +139,7 @@ def _kl_dominates(e: Evidence) -> Found | str:
         return "the criterion is no mean over the batch, so the nll per datum is unknown"
     part = kl / (kl + nll)
     message = f"of the loss per datum, {part:.1%} is the prior's: beta·KL/num_data is {kl:.4g} nats, the nll {nll:.4g}"
-    figures, learned = {"share": part, "kl": kl, "nll": nll}, e.learned
+    figures, learned = {"share": part, "kl": kl, "nll": nll}, e.trained.learned
     if part >= MOSTLY and learned is not None:
         message += f", {abs(learned):.0%} {'less' if learned >= 0 else 'more'} than with the targets of other data"
         figures["learned"] = learned

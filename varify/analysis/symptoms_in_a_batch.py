@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from varify.analysis.checks import Found, check
-from varify.analysis.evidence import Evidence
+from varify.analysis.evidence import LEAST_LEARNED, Evidence
 from varify.errors import listed
 
 # Adam's beta1 = 0.9 averages (1 + beta1)/(1 - beta1) = 19 gradients: below 1/19 a step is more noise than signal.
 LEAST_SIGNAL = 1 / 19
 TINY_BATCH = 8
 LEAST_SPREAD = 1e-3  # of the outputs over draws, relative to that over data
+LEAST_GAIN = 3.0  # standard errors by which the nll is less than with targets of other data
 
 
 @check(
@@ -67,31 +68,43 @@ def _equal_draws(e: Evidence) -> Found | str:
 
 @check(
     "noise-dominates",
-    "batch",
-    change="what the means know is lost in the noise of the weights. Lower beta, and start anew: where the means are "
-    "good, from varify.variationalize(vnet.mean_model()), which has small sigmas around them, else from the plain "
-    "network. Sigmas at the prior hardly come back by themselves",
+    *("batch", "criterion"),
+    change="if it was trained, what the means know is lost in the noise of the weights, or they know nothing. Lower "
+    "beta and start anew, since sigmas at the prior hardly come back: where predictions at the means are good, from "
+    "varify.variationalize(vnet.mean_model()).train(), which has small sigmas around them, else from the plain network",
 )
 def _noise_dominates(e: Evidence) -> Found | str:
     found = _spreads(e)
     if isinstance(found, str):
         return found
     spread, scale = found
-    return Found("warning" if spread > scale else "fine", _told(spread, scale), {"draws": spread, "data": scale})
+    message, figures = _told(spread, scale), {"draws": spread, "data": scale}
+    if spread <= scale:
+        return Found("fine", message, figures)
+    gain, learned = e.trained.gain, e.trained.learned
+    if gain is None:
+        return f"{message}; whether anything was learned can't be told, for want of data with other targets"
+    # Where data are mostly noise, so are the predictions of a network that is as good as can be: then it did learn.
+    if gain > LEAST_GAIN and (learned is None or learned > LEAST_LEARNED):
+        return Found("fine", f"{message}, and yet they fit the targets better than those of other data", figures)
+    return Found("warning", f"{message}, and fit the targets no better than those of other data", figures)
 
 
 def _told(spread: float, scale: float) -> str:
-    return f"predictions differ between draws by {spread:.3g}, and between data and outputs by {scale:.3g}"
+    return f"predictions differ between draws by {spread:.3g}, and between data by {scale:.3g}"
 
 
 def _spreads(e: Evidence) -> tuple[float, float] | str:
-    """Standard deviations of the outputs over draws, and of their means over data and outputs."""
-    means = [mean.flatten() for mean in e.predicted.mean]
+    """Standard deviations of the outputs over draws, and of their means over data."""
+    means = e.predicted.mean
     n = sum(mean.numel() for mean in means)
     if not n:
         return "the network returns no floating-point tensor"
-    spread, outputs = math.sqrt(e.predicted.noise / n), torch.cat(means)
+    spread = math.sqrt(e.predicted.noise / n)
     if not math.isfinite(spread):
         return "the outputs are not finite"
-    # over the data, since outputs may be far from 0 all together
-    return spread, float(outputs.std(unbiased=False)) or float(outputs.square().mean().sqrt())
+    scale, size = 0.0, e.batch.size
+    if size > 1 and all(mean.shape[0] == size for mean in means):  # each output by itself: constants say nothing
+        scale = math.sqrt(sum(float((mean - mean.mean(0)).square().sum()) for mean in means) / n)
+    outputs = torch.cat([mean.flatten() for mean in means])
+    return spread, scale or float(outputs.std(unbiased=False)) or float(outputs.square().mean().sqrt())
