@@ -286,7 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--members", type=int, default=5, help="of the ensemble; 0 leaves it and the plain one out")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=float, default=1.0, help="multiplies each task's number of epochs")
-    parser.add_argument("--ivon-lr", type=float, default=1.0)
+    parser.add_argument("--ivon-lr", type=float, default=0.3)
     parser.add_argument("--draws", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--recipe", nargs="*", default=["estimator=auto"], help="FIELD=VALUE ..., as of defaults.py")
