@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -366,6 +367,8 @@ def test_few_draws_that_fit_by_chance_have_not_learned() -> None:
         torch.manual_seed(seed)
         evidence = Evidence(vnet, posteriors_of(vnet), FirstBatch.of(vnet, x, y, None), F.cross_entropy, 2000, 1.0, 16)
         by_chance += evidence.trained.learned > 0.01
+        others, losses = (part.double().numpy() for part in (evidence.trained.others, evidence.trained.losses))
+        assert evidence.trained.gain == pytest.approx(stats.ttest_rel(others, losses).statistic, rel=1e-3)
         torch.manual_seed(seed)
         assert "noise-dominates" in varify.diagnose(vnet, None, F.cross_entropy, batch=(x, y)).names
     assert by_chance
@@ -377,6 +380,8 @@ def test_noise_without_targets_to_compare_is_unknown() -> None:
     assert "for want of data with other targets" in same.unchecked["noise-dominates"]
     ignored = varify.diagnose(vnet, None, lambda output, _: output.square().mean(), batch=(x[:16], y[:16]))
     assert "noise-dominates" in ignored.unchecked
+    broken = varify.diagnose(vnet, None, F.mse_loss, batch=(x[:16], torch.full((16, 3), math.nan)))
+    assert "the loss is not finite" in broken.unchecked["noise-dominates"]
 
 
 def test_a_part_of_a_plain_network_and_one_within_data_parallel() -> None:

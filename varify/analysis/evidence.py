@@ -21,10 +21,6 @@ from varify.posteriors import cuda_devices
 from varify.weights.posterior import GaussianPosterior
 from varify.within import sampling, variational_parts
 
-LEAST_LEARNED = (
-    0.01  # of the nll, what having the data's own targets, and not others', makes it less: below it, nothing
-)
-
 
 class FirstBatch(NamedTuple):
     """One batch; `size` data, of `total` in the loader, None where that is unknown."""

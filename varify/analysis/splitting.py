@@ -33,10 +33,10 @@ class Batches:
         self._loader, self._splitter = loader, Splitter(vnet, loader, criterion, batched)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pair_of_batch in self._loader:
-            batch = self._splitter.split(*pair(pair_of_batch))
-            if batch.size:
-                yield batch
+        for batch in self._loader:
+            found = self._splitter.split(*pair(batch))
+            if found.size:
+                yield found
 
 
 class Splitter:

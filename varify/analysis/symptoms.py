@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from varify.analysis.checks import Found, check
-from varify.analysis.evidence import LEAST_LEARNED, Evidence, doubled, floating, share
+from varify.analysis.evidence import Evidence, doubled, floating, share
 from varify.errors import listed
 from varify.network.arguments import has_length
 from varify.objective.elbo import scalar
@@ -16,7 +16,9 @@ from varify.weights.posterior import GaussianPosterior
 from varify.within import learns_undrawn
 
 MOSTLY = 0.5  # a share from which on the prior has the loss, or the weights
-LEARNED = 0.5  # of the nll, what having the data's own targets, and not others', makes it less: above it, much
+# Of the nll, what having the data's own targets, and not others', makes it less: below the one nothing was learned,
+# above the other it was.
+LEAST_LEARNED, LEARNED = 0.01, 0.5
 COLLAPSED = 1e-3  # sigma relative to what a weight could be
 MANY_COLLAPSED = 0.1
 ROUNDING = 1e-3  # relative: losses may be in half precision

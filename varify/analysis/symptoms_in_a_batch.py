@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from varify.analysis.checks import Found, check
-from varify.analysis.evidence import LEAST_LEARNED, Evidence
+from varify.analysis.evidence import Evidence
+from varify.analysis.symptoms import LEAST_LEARNED
 from varify.errors import listed
 
 # Adam's beta1 = 0.9 averages (1 + beta1)/(1 - beta1) = 19 gradients: below 1/19 a step is more noise than signal.
@@ -82,6 +83,8 @@ def _noise_dominates(e: Evidence) -> Found | str:
     if spread <= scale:
         return Found("fine", message, figures)
     gain, learned = e.trained.gain, e.trained.learned
+    if not math.isfinite(e.trained.nll):
+        return f"{message}; whether anything was learned can't be told, since the loss is not finite"
     if gain is None:
         return f"{message}; whether anything was learned can't be told, for want of data with other targets"
     # Where data are mostly noise, so are the predictions of a network that is as good as can be: then it did learn.
